@@ -6,8 +6,9 @@ them from there; the prose (formula, symbols, when to use it, known trouble) liv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, ParamSpec, Protocol, TypeVar, cast
 
 Family = Literal["batch", "sample", "learned", "conditional", "whitening", "local", "weight", "residual", "bounded"]
 Invariance = Literal["shift", "scale", "per-sample", "per-channel", "weight-scale"]
@@ -99,3 +100,27 @@ class Facts:
             raise ValueError(f"Facts: pools may use the letters N C G S K D W, got {sorted(unknown)}")
         if unknown := set(self.invariances) - set(INVARIANCES):
             raise ValueError(f"Facts: unknown invariances {sorted(unknown)}; known are {sorted(INVARIANCES)}")
+
+
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Described(Protocol[P, R_co]):
+    """A function that states its facts."""
+
+    facts: Facts
+    __name__: str
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+def describes(facts: Facts) -> Callable[[Callable[P, R_co]], Described[P, R_co]]:
+    """Decorate a public function with its facts, as classes carry theirs: ``function.facts``."""
+
+    def attach(function: Callable[P, R_co]) -> Described[P, R_co]:
+        described = cast("Described[P, R_co]", function)
+        described.facts = facts
+        return described
+
+    return attach

@@ -1,0 +1,45 @@
+"""Weight norms retyped from their papers in float64, one output unit at a time, importing nothing of the library.
+
+``units_of(shape, ...)`` lists by loops which entries belong to one output unit; every rule below takes one such unit as a vector.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Index = tuple[int, ...]
+
+
+def units_of(shape: torch.Size | tuple[int, ...], transposed: bool = False, groups: int = 1) -> list[list[Index]]:
+    """For every output unit, the indices of its weights in a tensor of this shape, in (input, *kernel) order."""
+    kernel = list(itertools.product(*(range(k) for k in shape[2:])))
+    if not transposed:
+        return [[(o, i, *k) for i in range(shape[1]) for k in kernel] for o in range(shape[0])]
+    inputs = shape[0] // groups
+    return [[(g * inputs + i, o, *k) for i in range(inputs) for k in kernel] for g in range(groups) for o in range(shape[1])]
+
+
+def per_unit(weight: Tensor, rule: Callable[[Tensor], Tensor], transposed: bool = False, groups: int = 1) -> Tensor:
+    """``rule`` applied to the vector of weights of every output unit; differentiable."""
+    result = weight.new_zeros(weight.shape)
+    for unit in units_of(weight.shape, transposed, groups):
+        where = tuple(torch.tensor(column) for column in zip(*unit, strict=True))
+        result = result.index_put(where, rule(weight[where]))
+    return result
+
+
+def standardize(w: Tensor, eps: float, unbiased: bool, eps_mode: str) -> Tensor:
+    """Qiao et al. 2019, with the divisors found in published code."""
+    mean = sum(w) / len(w)
+    var = sum((value - mean) ** 2 for value in w) / (len(w) - 1 if unbiased else len(w))
+    divisor = {
+        "inside": lambda: (var + eps) ** 0.5,
+        "outside": lambda: var**0.5 + eps,
+        "clamp": lambda: torch.maximum(var, torch.tensor(eps, dtype=w.dtype)) ** 0.5,
+        "relative": lambda: (var + eps * sum(value**2 for value in w) / len(w)) ** 0.5,
+    }[eps_mode]()
+    return torch.stack([(value - mean) / divisor for value in w])

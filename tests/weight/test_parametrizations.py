@@ -1,0 +1,188 @@
+"""What every weight parametrization must do, over the table of all of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import equinorm
+from tests.helpers import assert_close
+
+
+@dataclass(frozen=True)
+class Case:
+    """One parametrization with one set of options."""
+
+    id: str
+    apply: Callable[[nn.Module], nn.Module]
+    options: dict = field(default_factory=dict)
+    constant_in_backward: bool = False  # treats part of the weight as a constant: its second derivative in the weight is not exact
+
+
+CASES = [
+    Case("weight_standardization", equinorm.weight_standardization),
+    Case("weight_standardization-outside", lambda m: equinorm.weight_standardization(m, eps=1e-5, unbiased=True, eps_mode="outside")),
+    Case("weight_standardization-clamp", lambda m: equinorm.weight_standardization(m, eps_mode="clamp")),
+    Case("weight_standardization-relative", lambda m: equinorm.weight_standardization(m, eps_mode="relative")),
+]
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 4), (3, 6)),
+    "conv1d": (lambda: nn.Conv1d(3, 4, 3), (2, 3, 7)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (2, 3), groups=2, padding=1), (2, 4, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 3, 3, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 3, 3)),
+    "transposed-grouped": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), (2, 4, 5)),
+}
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+every_layer = pytest.mark.parametrize("layer", LAYERS)
+
+
+def build(case: Case, layer: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    make, shape = LAYERS[layer]
+    module = case.apply(make().to(dtype))
+    return module, torch.randn(shape, dtype=dtype)
+
+
+def originals(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parametrizations.weight.parameters())
+
+
+@every_case
+@every_layer
+def test_the_weight_keeps_shape_and_dtype_and_differs(case, layer):
+    make, _ = LAYERS[layer]
+    plain = make()
+    before = plain.weight.detach().clone()
+    module = case.apply(plain)
+    assert module is plain
+    assert module.weight.shape == before.shape
+    assert module.weight.dtype == before.dtype
+    assert module.weight.requires_grad
+
+
+@every_case
+@every_layer
+def test_first_derivatives(case, layer):
+    module, x = build(case, layer)
+    module.eval()
+    parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(parameters, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), *parameters.values()))
+
+
+@every_case
+def test_second_derivatives(case):
+    module, x = build(case, "conv1d")
+    module.eval()
+    parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(parameters, values, strict=True)), (x,))
+
+    assert torch.autograd.gradgradcheck(run, (x.requires_grad_(), *parameters.values()))
+
+
+@every_case
+def test_two_forwards_before_one_backward(case):
+    module, x = build(case, "conv2d")
+    (module(x) - module(2 * x)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in originals(module))
+
+
+@every_case
+@every_layer
+def test_removing_it_bakes_the_weight(case, layer):
+    module, x = build(case, layer)
+    module.eval()
+    expected = module(x)
+    parametrize.remove_parametrizations(module, "weight")
+    assert set(module.state_dict()) == {"weight", "bias"}
+    assert_close(module(x), expected.detach())
+
+
+@every_case
+def test_deepcopy_is_equal_and_independent(case):
+    module, x = build(case, "conv2d")
+    module.eval()
+    twin = copy.deepcopy(module)
+    assert torch.equal(twin(x), module(x))
+    before = module(x).detach()
+    with torch.no_grad():
+        for p in originals(twin):
+            p.normal_()
+    assert torch.equal(module(x), before)
+    assert not torch.equal(twin(x), before)
+
+
+@every_case
+def test_state_dict_round_trip(case):
+    module, x = build(case, "conv2d")
+    other, _ = build(case, "conv2d")
+    module(x)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.eval()(x), module.eval()(x))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_are_computed_in_float32(case, dtype):
+    torch.manual_seed(0)
+    module, _ = build(case, "conv2d", dtype)
+    torch.manual_seed(0)
+    exact, _ = build(case, "conv2d", torch.float64)
+    exact.load_state_dict(module.state_dict())
+    assert module.weight.dtype == dtype
+    assert_close(module.eval().weight, exact.eval().weight)
+
+
+@every_case
+def test_autocast_does_not_reach_the_norm(case):
+    module, _ = build(case, "conv2d", torch.float32)
+    module.eval()
+    expected = module.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module.weight, expected)
+
+
+@every_case
+def test_zero_weights_give_finite_weights_and_gradients(case):
+    for layer in LAYERS:
+        module, x = build(case, layer, torch.float32)
+        with torch.no_grad():
+            for p in originals(module):
+                p.zero_()
+        module(x).square().sum().backward()
+        assert module.weight.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in originals(module)), layer
+
+
+@every_case
+def test_compiles_whole(case):
+    module, x = build(case, "conv2d", torch.float32)
+    module.eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), module(x).detach())
+    compiled(x).square().sum().backward()
+    got = [p.grad.clone() for p in originals(module)]
+    module.zero_grad()
+    module(x).square().sum().backward()
+    for a, p in zip(got, originals(module), strict=True):
+        assert_close(a, p.grad, label="gradient")
+
+
+@every_case
+def test_registering_twice_is_refused(case):
+    module, _ = build(case, "linear")
+    with pytest.raises(ValueError, match="already has it; remove it with"):
+        case.apply(module)
