@@ -1,0 +1,150 @@
+"""The CPU kernels, as functions on tensors. What each computes is defined in :mod:`equinorm.kernels.reference`.
+
+Large tensors are (N, C, *S), dense, contiguous or channels_last; results have the dtype and layout of x. Small tensors are float64. All
+arithmetic inside is in float64, rounded once when a result is stored, and every sum has a fixed order: the bits of a result depend neither
+on the number of threads nor, for a result per sample, on the other samples. Callers ask :func:`available` first and keep empty tensors away.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from equinorm.kernels import build
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Per = Literal["sample", "batch"]
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_available: bool | None = None
+
+
+def available() -> bool:
+    """Whether the kernels are there. The first call may compile them; if that fails it warns, once, with the reason."""
+    global _available
+    if _available is None:
+        reason = build.result().reason
+        _available = not reason
+        if reason:
+            warnings.warn(
+                f"equinorm runs without its CPU kernels, in plain PyTorch operations, because {reason}", RuntimeWarning, stacklevel=2
+            )
+    return _available
+
+
+def info() -> dict[str, Any]:
+    """What became of the kernels: ``state`` ("ready" or "unavailable"), ``reason``, ``compiler``, ``path``, ``seconds``, ``instructions``."""
+    found = build.result()
+    return {"state": "unavailable" if found.reason else "ready", **vars(found)}
+
+
+def layout(x: Tensor) -> Literal["ncs", "nsc"] | None:
+    """The order of x in memory: "ncs" if contiguous, "nsc" if channels_last, None if neither."""
+    if x.is_contiguous():
+        return "ncs"
+    if x.ndim in _CHANNELS_LAST:
+        return "nsc" if x.is_contiguous(memory_format=_CHANNELS_LAST[x.ndim]) else None
+    return "nsc" if x.ndim > 2 and x.movedim(1, -1).is_contiguous() else None
+
+
+def moments(x: Tensor, per: Per) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, each (N, C) or, over the batch, (1, C)."""
+    n, c, s, channels_last = _shape(x)
+    mean, var = torch.empty((2, n if per == "sample" else 1, c), dtype=torch.float64).unbind()
+    torch.ops.equinorm.channel_moments.default(x, mean, var, n, c, s, channels_last)
+    return mean, var
+
+
+def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``(x - center) * scale + shift``, with small tensors (N | 1, C | 1)."""
+    n, c, s, channels_last = _shape(x)
+    y = torch.empty_like(x)
+    torch.ops.equinorm.channel_affine.default(x, _small(center, c), _small(scale, c), _small(shift, c), y, n, c, s, channels_last)
+    return y
+
+
+def reduce(dy: Tensor, x: Tensor, center: Tensor, per: Per) -> tuple[Tensor, Tensor]:
+    """Sums of ``dy`` and of ``dy * (x - center)``, each (N, C) or, over the batch, (1, C). ``dy`` has the dtype and layout of x."""
+    n, c, s, channels_last = _shape(x)
+    sum_dy, sum_dy_x = torch.empty((2, n if per == "sample" else 1, c), dtype=torch.float64).unbind()
+    torch.ops.equinorm.channel_reduce.default(dy, x, _small(center, c), sum_dy, sum_dy_x, n, c, s, channels_last)
+    return sum_dy, sum_dy_x
+
+
+def backward(dy: Tensor, x: Tensor, center: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """``scale * dy + slope * (x - center) + offset``, with small tensors (N | 1, C | 1). ``dy`` has the dtype and layout of x."""
+    n, c, s, channels_last = _shape(x)
+    dx = torch.empty_like(x)
+    small = _small(center, c), _small(scale, c), _small(slope, c), _small(offset, c)
+    torch.ops.equinorm.channel_backward.default(dy, x, *small, dx, n, c, s, channels_last)
+    return dx
+
+
+def row_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    rows: int,
+    groups: int,
+    k: int,
+    s: int,
+    measured: int,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(x - mean) * rstd * weight + bias`` for each of ``rows`` rows of ``k * s`` elements of the contiguous x.
+
+    Element i of row r has the parameter ``(r % groups) * k + i // s``. The first ``measured`` elements of a row enter its statistic; with
+    ``centered=False`` the mean is taken as 0.
+
+    Returns:
+        the output; mean and rstd, each (rows,).
+    """
+    y = torch.empty_like(x)
+    mean, rstd = torch.empty((2, rows), dtype=torch.float64).unbind()
+    weight, bias = _parameter(weight), _parameter(bias)
+    torch.ops.equinorm.row_forward.default(x, weight, bias, y, mean, rstd, rows, groups, k, s, measured, eps, centered)
+    return y, mean, rstd
+
+
+def row_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    wanted: tuple[bool, bool, bool],
+    rows: int,
+    groups: int,
+    k: int,
+    s: int,
+    measured: int,
+    centered: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of :func:`row_forward` to x, weight and bias; those of the parameters (groups * k,) and only where ``wanted`` (x, weight, bias)."""
+    dx = torch.empty_like(x)
+    dweight = torch.empty(groups * k, dtype=torch.float64) if wanted[1] else None
+    dbias = torch.empty(groups * k, dtype=torch.float64) if wanted[2] else None
+    weight = _parameter(weight)
+    torch.ops.equinorm.row_backward.default(dy, x, weight, mean, rstd, dx, dweight, dbias, rows, groups, k, s, measured, centered)
+    return dx, dweight, dbias
+
+
+def _shape(x: Tensor) -> tuple[int, int, int, bool]:
+    n, c = x.shape[:2]
+    return n, c, x.numel() // (n * c), not x.is_contiguous()
+
+
+def _small(t: Tensor, c: int) -> Tensor:
+    """A small tensor (N | 1, C | 1) as the kernels take it: float64, contiguous, (N | 1, C)."""
+    if t.shape[1] != c:
+        t = t.expand(t.shape[0], c)
+    return t.to(torch.float64).contiguous()
+
+
+def _parameter(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.contiguous()

@@ -1,0 +1,81 @@
+// What the kernels compute, free of PyTorch: pointers, sizes and one way to run in parallel.
+//
+// Two promises hold throughout. The bits of a result depend on the shape and the values only: work is cut into pieces whose borders
+// come from the shape, never from the number of threads, and partial results are merged in a fixed order. And a number per sample is
+// the same whatever other samples are in the batch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "lanes.h"
+
+namespace equinorm {
+
+// Below this many elements a second thread costs more than it brings.
+constexpr int64_t kGrain = 32768;
+
+// Longest run that is summed with one shift. 4096 floats stay in the first-level cache; and since the shift is one of the values,
+// (shift - mean)^2 <= count * variance, so at most 12 of a double's 53 bits cancel.
+constexpr int64_t kSegment = 4096;
+
+int64_t threads();
+void run_parallel(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
+
+// Calls work(begin, end) on pieces of [0, count); `size` is the number of elements behind one unit of work.
+template <class Work>
+void parallel(int64_t count, int64_t size, const Work& work) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
+  if (count <= grain) {
+    work(0, count);
+    return;
+  }
+  run_parallel(
+      count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Work*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&work)));
+}
+
+// x: (n, c, s) in memory, or (n, s, c) when channels_last.
+struct Shape {
+  int64_t n, c, s;
+  bool channels_last;
+};
+
+// A small tensor, (n, c) or (1, c): the step from one sample to the next is c or 0.
+struct Small {
+  const double* data;
+  int64_t step;
+  const double* sample(int64_t i) const { return data + i * step; }
+};
+struct SmallOut {
+  double* data;
+  int64_t step;
+};
+
+template <class T>
+void channel_moments(const T* x, SmallOut mean, SmallOut var, Shape shape);
+template <class T>
+void channel_affine(const T* x, Small center, Small scale, Small shift, T* y, Shape shape);
+template <class T>
+void channel_reduce(const T* dy, const T* x, Small center, SmallOut sum_dy, SmallOut sum_dy_x, Shape shape);
+template <class T>
+void channel_backward(const T* dy, const T* x, Small center, Small scale, Small slope, Small offset, T* dx, Shape shape);
+
+// `rows` rows of k * s elements; element i of row r has the parameter (r % groups) * k + i / s; the first `measured` elements of a
+// row enter its statistic.
+struct Rows {
+  int64_t rows, groups, k, s, measured;
+  bool centered;
+  int64_t length() const { return k * s; }
+  int64_t parameters() const { return groups * k; }
+};
+
+// weight and bias: one double per parameter; both or none.
+template <class T>
+void row_forward(const T* x, const double* weight, const double* bias, T* y, double* mean, double* rstd, Rows shape, double eps);
+// dweight and dbias: one double per parameter; both or none; weight only together with them.
+template <class T>
+void row_backward(const T* dy, const T* x, const double* weight, const double* mean, const double* rstd, T* dx, double* dweight,
+                  double* dbias, Rows shape);
+
+}  // namespace equinorm
