@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+# Statistics over the batch
+from equinorm.norms.batch import BatchNorm as BatchNorm
+from equinorm.norms.batch_channel import BatchChannelNorm as BatchChannelNorm
+
+# Statistics within a sample
+from equinorm.norms.group import GroupNorm as GroupNorm
+from equinorm.norms.instance import InstanceNorm as InstanceNorm
+from equinorm.norms.layer import LayerNorm as LayerNorm
+from equinorm.norms.rms import RMSNorm as RMSNorm
+
+# Learned mixtures
+from equinorm.norms.switch import SwitchNorm as SwitchNorm
+
 # Weights: parametrizations (functions that take a layer and return it) and layers that carry one
+from equinorm.weight.data_dependent import data_dependent_init_ as data_dependent_init_
+from equinorm.weight.norm import weight_norm as weight_norm
 from equinorm.weight.standardization import WSConv1d as WSConv1d
 from equinorm.weight.standardization import WSConv2d as WSConv2d
 from equinorm.weight.standardization import WSConv3d as WSConv3d
 from equinorm.weight.standardization import WSLinear as WSLinear
 from equinorm.weight.standardization import weight_standardization as weight_standardization
+
+# The catalogue and the choice of implementation
+from equinorm.catalogue import create as create
+from equinorm.catalogue import find as find
+from equinorm.facts import Facts as Facts
+from equinorm.facts import Paper as Paper
+from equinorm.kernels import plain as plain
 
 __version__ = "0.1.0"

@@ -1,0 +1,147 @@
+"""The row geometry: one statistic per row, applied while the row is in cache.
+
+A row is a contiguous stretch of the input that shares one statistic: the last dimensions of a token (layer and RMS norm), or the channels
+and positions of one group of one sample (group and instance norm). The affine map is per column for the first kind and per channel for the
+second, which the kernels treat alike: element i of row r has parameter (r mod groups) * k + i // s.
+
+As in the channel geometry the plain path is the definition, and is what gets recorded when a gradient will be differentiated again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equinorm.core.affine import Affine, normalize
+from equinorm.core.channel import channel_norm
+from equinorm.core.moments import Moments
+from equinorm.kernels import Impl, dense, like, pick, reference
+
+
+def row_norm(
+    x: Tensor,
+    dims: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    centered: bool = True,
+    measured: int | None = None,
+    mask: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Normalize the last ``dims`` dimensions of ``x``: ``(x - mean) / sqrt(var + eps) * weight + bias``.
+
+    Args:
+        x: floating, any shape and layout.
+        dims: how many trailing dimensions share a statistic.
+        weight: of the shape of those dimensions, or None.
+        bias: likewise.
+        eps: added inside the root.
+        centered: False keeps the mean and divides by the root mean square.
+        measured: the statistic reads only the first ``measured`` elements of a row (with ``dims`` = 1).
+        mask: boolean, broadcastable to ``x``; elements where it is False enter no statistic, come out as 0 and get gradient 0.
+        impl: "plain" rules the kernels out for this call.
+    """
+    kernels = pick(x, impl) if mask is None else None
+    if kernels is None:
+        return _plain_row(x, dims, weight, bias, eps, centered, measured, mask)
+    length = 1
+    for size in x.shape[-dims:]:
+        length *= size
+    x = x.contiguous()
+    shape = {
+        "rows": x.numel() // length,
+        "groups": 1,
+        "k": length,
+        "s": 1,
+        "measured": measured or length,
+        "eps": eps,
+        "centered": centered,
+    }
+    return _Rows.apply(kernels, shape, lambda *t: _plain_row(t[0], dims, t[1], t[2], eps, centered, measured, None), x, weight, bias)
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, *, mask: Tensor | None = None, impl: Impl = "auto"
+) -> Tensor:
+    """Normalize each of ``groups`` contiguous channel groups of each sample of ``x``: (N, C, *S), with ``weight`` and ``bias`` (C,).
+
+    It is the channel geometry's rule :func:`over_groups`, which is local to a group: where a group is contiguous in memory, it is measured
+    and normalized while in cache. ``groups = C`` is instance norm.
+    """
+
+    def rule(moments: Moments, weight: Tensor | None, bias: Tensor | None) -> Affine:
+        return normalize(moments.over_groups(groups), weight, bias, eps)
+
+    kernels = pick(x, impl) if mask is None else None
+    if kernels is None or not dense(x).is_contiguous():
+        return channel_norm(x, rule, weight, bias, mask=mask, impl=impl)[0]
+    x = x.contiguous()
+    k = x.shape[1] // groups
+    rows = x.shape[0] * groups
+    s = x.numel() // (rows * k)
+    shape = {"rows": rows, "groups": groups, "k": k, "s": s, "measured": k * s, "eps": eps, "centered": True}
+    return _Rows.apply(kernels, shape, lambda *t: channel_norm(t[0], rule, *t[1:], impl="plain")[0], x, weight, bias)
+
+
+def _plain_row(
+    x: Tensor,
+    dims: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    measured: int | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """The definition."""
+    over = tuple(range(-dims, 0))
+    data = reference.wide(x)
+    if mask is not None:
+        data = torch.where(mask, data, data.new_zeros(()))
+    if centered:
+        mean, var, _ = reference.moments(data, over, mask)
+        normalized = reference.affine(data, mean, (var + eps).rsqrt(), mean.new_zeros(()))
+    else:
+        head = data if measured is None else data[..., :measured]
+        known = head.shape[-dims:].numel() if mask is None else mask.expand_as(data)[..., : head.shape[-1]].sum(over, True).clamp(min=1)
+        normalized = data * (head.square().sum(over, keepdim=True) / known + eps).rsqrt()
+    if weight is not None:
+        normalized = normalized * weight
+    if bias is not None:
+        normalized = normalized + bias
+    if mask is not None:
+        normalized = torch.where(mask, normalized, normalized.new_zeros(()))
+    return normalized.to(x.dtype)
+
+
+class _Rows(torch.autograd.Function):
+    """Statistics and normalization of a row while it is in cache; the backward likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, shape: dict[str, Any], plain: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y, mean, rstd = kernels.row_forward(x, weight, bias, **shape)
+        ctx.kernels, ctx.shape, ctx.plain = kernels, shape, plain
+        ctx.save_for_backward(x, weight, bias)
+        ctx.small = mean, rstd
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():
+            sources = [t for t, need in zip(inputs, wanted, strict=True) if need]
+            grads = iter(torch.autograd.grad(ctx.plain(*inputs), sources, dy, create_graph=True))
+            return (None, None, None, *(next(grads) if need else None for need in wanted))
+        x, weight, bias = inputs
+        shape = {key: value for key, value in ctx.shape.items() if key != "eps"}
+        dx, dweight, dbias = ctx.kernels.row_backward(like(dy, x), x, weight, *ctx.small, wanted=wanted, **shape)
+        return None, None, None, dx, _as(dweight, weight), _as(dbias, bias)
+
+
+def _as(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if grad is None or parameter is None else grad.reshape(parameter.shape).to(parameter.dtype)

@@ -1,0 +1,105 @@
+"""Running estimates: what a norm over the batch remembers for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equinorm.core.moments import Moments
+from equinorm.kernels.reference import HALF, small_dtype
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing repeats a forward that has already been counted."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class RunningMoments(nn.Module):
+    """A running mean and variance as buffers, with torch's names and torch's sense of ``momentum`` (the weight of the new value).
+
+    Buffers: ``running_mean`` (0) and ``running_var`` (1), float32 even in a half-precision module (a bfloat16 average stops moving when the
+    step falls under half an ulp; float64 in a float64 module), and ``num_batches_tracked`` (int64). All three are None when the module does
+    not track.
+
+    Attributes:
+        momentum: weight of the new value; None for the plain average over all batches seen.
+        frozen: True makes training behave like evaluation: estimates are used and not changed. Survives ``train()``.
+    """
+
+    momentum: float | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    frozen: bool = False
+    kept_wide: tuple[str, ...] = ("running_mean", "running_var")
+
+    def register_running(self, shape: tuple[int, ...], *, track: bool = True, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        """Create the buffers (or register None for each of them)."""
+        wide = torch.float32 if (dtype or torch.get_default_dtype()) in HALF else dtype
+        for name, make in (("running_mean", torch.zeros), ("running_var", torch.ones)):
+            self.register_buffer(name, make(shape, device=device, dtype=wide) if track else None)
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device) if track else None)
+
+    def reset_running_stats(self) -> None:
+        """Forget: mean 0, variance 1, no batches."""
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    @property
+    def learning(self) -> bool:
+        """Whether the next forward measures the batch and moves the estimates."""
+        return self.training and not self.frozen
+
+    def estimate(self) -> Moments:
+        """The estimates as moments (1, C) without gradient; a copy, because a later step moves the buffers."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        small = small_dtype(self.running_mean)
+        return Moments(self.running_mean.to(small, copy=True).unsqueeze(0), self.running_var.to(small, copy=True).unsqueeze(0), 1)
+
+    @torch.no_grad()
+    def learn(self, seen: Moments, *, unbiased: bool = True) -> None:
+        """Move the estimates towards the moments of one batch, ``(1, C)``.
+
+        A repeated forward (activation checkpointing) changes nothing. A channel whose batch moments are not finite keeps its estimate:
+        one bad batch must not spoil the model for good. A batch of no values changes no estimate and is not counted.
+
+        Args:
+            seen: pooled moments of the batch.
+            unbiased: store count / (count - 1) times the variance, as torch's batch norm does.
+        """
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None or recomputing():
+            return
+        count = seen.count
+        if isinstance(count, Tensor):
+            some = count.reshape(()) > (1 if unbiased else 0)
+            self.num_batches_tracked.add_(some)
+            var = seen.var * (count / (count - 1).clamp(min=1)) if unbiased else seen.var
+        else:
+            if count == 0:
+                return
+            some = None
+            self.num_batches_tracked.add_(1)
+            var = seen.var * (count / (count - 1)) if unbiased else seen.var
+        weight = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.clamp(min=1)
+        mean, var = seen.mean.reshape(self.running_mean.shape), var.reshape(self.running_var.shape)
+        mean, var = mean.to(self.running_mean.dtype), var.to(self.running_var.dtype)
+        sound = mean.isfinite() & var.isfinite()
+        if some is not None:
+            sound = sound & some
+        self.running_mean.copy_(torch.where(sound, self.running_mean + weight * (mean - self.running_mean), self.running_mean))
+        self.running_var.copy_(torch.where(sound, self.running_var + weight * (var - self.running_var), self.running_var))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: buffer for name in self.kept_wide if (buffer := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype in HALF:
+                self._buffers[name] = buffer.to(after.device)
+        return self
