@@ -67,23 +67,22 @@ class _WeightStandardization(nn.Module):
         return f"eps={self.eps}, unbiased={self.unbiased}, eps_mode={self.eps_mode!r}"
 
 
-WEIGHT_STANDARDIZATION = Facts(
-    name="weight_standardization",
-    title="Weight Standardization",
-    paper=Paper(
-        authors="Qiao et al.",
-        title="Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
-        year=2019,
-        arxiv="1903.10520",
-    ),
-    family="weight",
-    pools="W",
-    invariances=frozenset({"weight-scale", "per-sample"}),
-    reads_writes="0R+0W",
+@describes(
+    Facts(
+        name="weight_standardization",
+        title="Weight Standardization",
+        paper=Paper(
+            authors="Qiao et al.",
+            title="Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
+            year=2019,
+            arxiv="1903.10520",
+        ),
+        family="weight",
+        pools="W",
+        invariances=frozenset({"weight-scale", "per-sample"}),
+        reads_writes="0R+0W",
+    )
 )
-
-
-@describes(WEIGHT_STANDARDIZATION)
 def weight_standardization(
     module: nn.Module,
     name: str = "weight",
@@ -142,7 +141,6 @@ def weight_standardization(
 class _Standardized(nn.Module):
     """Abstract: a layer that standardizes its ``weight`` at every call, so that its state dict stays that of the plain layer."""
 
-    facts = WEIGHT_STANDARDIZATION
     weight: Tensor
 
     def __init__(self, *args: Any, eps: float = 1e-6, unbiased: bool = False, eps_mode: EpsMode = "inside", **kwargs: Any) -> None:

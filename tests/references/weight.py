@@ -43,3 +43,16 @@ def standardize(w: Tensor, eps: float, unbiased: bool, eps_mode: str) -> Tensor:
         "relative": lambda: (var + eps * sum(value**2 for value in w) / len(w)) ** 0.5,
     }[eps_mode]()
     return torch.stack([(value - mean) / divisor for value in w])
+
+
+def weight_norm(v: Tensor, g: Tensor) -> Tensor:
+    """Salimans and Kingma 2016, Eq. 2."""
+    norm = sum(value**2 for value in v) ** 0.5
+    return torch.stack([g * value / norm for value in v])
+
+
+def weight_norm_gradients(v: Tensor, g: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Salimans and Kingma 2016, Eq. 3: the gradients with respect to g and v."""
+    norm = v.square().sum().sqrt()
+    grad_g = (upstream * v).sum() / norm
+    return grad_g, g / norm * upstream - g * grad_g / norm**2 * v

@@ -30,6 +30,8 @@ CASES = [
     Case("weight_standardization-outside", lambda m: equinorm.weight_standardization(m, eps=1e-5, unbiased=True, eps_mode="outside")),
     Case("weight_standardization-clamp", lambda m: equinorm.weight_standardization(m, eps_mode="clamp")),
     Case("weight_standardization-relative", lambda m: equinorm.weight_standardization(m, eps_mode="relative")),
+    Case("weight_norm", equinorm.weight_norm),
+    Case("weight_norm-whole", lambda m: equinorm.weight_norm(m, dim=None)),
 ]
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

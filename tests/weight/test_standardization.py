@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-import equinorm
 from equinorm import WSConv1d, WSConv2d, WSConv3d, WSLinear, weight_standardization
 from tests.helpers import assert_close, assert_grads_close
 from tests.references import weight as reference
@@ -189,8 +188,3 @@ def test_a_scalar_parameter_is_refused():
     module.scale = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ValueError, match="at least one dimension, got a scalar"):
         weight_standardization(module, name="scale")
-
-
-def test_facts():
-    assert weight_standardization.facts is WSConv2d.facts
-    assert equinorm.weight_standardization.facts.family == "weight"
