@@ -2,7 +2,8 @@
 
 Large tensors are (N, C, *S), dense, contiguous or channels_last; results have the dtype and layout of x. Small tensors are float64. All
 arithmetic inside is in float64, rounded once when a result is stored, and every sum has a fixed order: the bits of a result depend neither
-on the number of threads nor, for a result per sample, on the other samples. Callers ask :func:`available` first and keep empty tensors away.
+on the number of threads nor, for a result per sample, on the other samples. Callers ask :func:`available` first, and keep empty tensors
+away.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def available() -> bool:
 
 
 def info() -> dict[str, Any]:
-    """What became of the kernels: ``state`` ("ready" or "unavailable"), ``reason``, ``compiler``, ``path``, ``seconds``, ``instructions``."""
+    """What became of the kernels: ``state``, "ready" or "unavailable", and what :class:`equinorm.kernels.build.Build` holds."""
     found = build.result()
     return {"state": "unavailable" if found.reason else "ready", **vars(found)}
 
@@ -125,7 +126,7 @@ def row_backward(
     measured: int,
     centered: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of :func:`row_forward` to x, weight and bias; those of the parameters (groups * k,) and only where ``wanted`` (x, weight, bias)."""
+    """Gradients of :func:`row_forward` to x, weight and bias; those of the parameters are (groups * k,), and None unless ``wanted``."""
     dx = torch.empty_like(x)
     dweight = torch.empty(groups * k, dtype=torch.float64) if wanted[1] else None
     dbias = torch.empty(groups * k, dtype=torch.float64) if wanted[2] else None
