@@ -1,0 +1,132 @@
+"""The table: one line per activation norm of the catalogue. From its line a method earns every shared property in test_catalogue.py.
+
+A line says how to build the method, on what input, which naive reference it must equal, and with which options. What the method claims of
+itself (invariances, whether training differs from evaluation, what is synchronised, what happens at batch size 1) is read from its facts
+and checked, not repeated here. Weight parametrizations have their own table in tests/weight/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+import equinorm
+from tests.references import norms as reference
+
+Reference = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One method under test.
+
+    Attributes:
+        cls: the class.
+        args: positional arguments of the constructor.
+        reference: ``reference(x, p, *extra, training, mask, **options) -> (y, updates)``: the method retyped naively from its paper, in
+            differentiable float64 PyTorch, loops welcome, importing nothing of ours. ``p`` maps the names of parameters and buffers to their
+            values; ``options`` are the constructor's keyword arguments; ``updates`` are the new values of buffers that a training step moves.
+            ``mask`` is None or boolean (N, *S) (channel geometry), or broadcastable to x (row geometry).
+        options: keyword arguments of the constructor, one dict per variant; the first is the plain one.
+        geometry: "channel" for inputs (N, C, *S), "row" for inputs (..., D).
+        shape: the shape of the input; small, every size different.
+        spatial: how many spatial dimensions the method takes (channel geometry).
+        extra: makes further inputs of ``forward`` after x, from (x, generator).
+        masked: whether ``forward`` takes ``mask``.
+        derivative: False where the backward is by definition not the derivative of the forward.
+        steady: False where a training forward must not be repeated with the same result (the output depends on state that it moved).
+        bad: ``name -> (call, exception, pattern)``: calls that must raise, and what the message must say.
+        ready: brings a fresh module to a state in which evaluation makes sense (data-dependent initialisation), from (module, x).
+    """
+
+    cls: type[nn.Module]
+    args: tuple[Any, ...]
+    reference: Reference
+    options: tuple[Mapping[str, Any], ...] = ({},)
+    geometry: Literal["channel", "row"] = "channel"
+    shape: tuple[int, ...] = (4, 6, 5, 3)
+    spatial: tuple[int, ...] = (0, 1, 2, 3)
+    extra: Callable[..., tuple[Any, ...]] | None = None
+    masked: bool = True
+    derivative: bool = True
+    steady: bool = True
+    bad: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = field(default_factory=dict)
+    ready: Callable[[nn.Module, Tensor], None] | None = None
+
+    def make(self, variant: int = 0, **more: Any) -> nn.Module:
+        """Build the module of one variant."""
+        return self.cls(*self.args, **{**self.options[variant], **more})
+
+    @property
+    def name(self) -> str:
+        """The catalogue name."""
+        return self.cls.facts.name
+
+
+CASES: tuple[Case, ...] = (
+    Case(
+        cls=equinorm.BatchNorm,
+        args=(6,),
+        reference=reference.batch,
+        options=({}, {"momentum": None, "eps": 1e-3}, {"affine": False}, {"bias": False}, {"track_running_stats": False}),
+    ),
+    Case(
+        cls=equinorm.InstanceNorm,
+        args=(6,),
+        reference=reference.instance,
+        options=({}, {"affine": True}, {"track_running_stats": True}, {"track_running_stats": True, "momentum": None, "affine": True}),
+        spatial=(1, 2, 3),
+    ),
+    Case(
+        cls=equinorm.GroupNorm,
+        args=(3, 6),
+        reference=lambda x, p, **kw: reference.group(x, p, num_groups=3, **kw),
+        options=({}, {"eps": 1e-3}, {"affine": False}, {"bias": False}),
+    ),
+    Case(
+        cls=equinorm.LayerNorm,
+        args=(6,),
+        reference=reference.layer,
+        options=({}, {"eps": 1e-3}, {"elementwise_affine": False}, {"bias": False}),
+        geometry="row",
+        shape=(4, 5, 6),
+    ),
+    Case(
+        cls=equinorm.RMSNorm,
+        args=(6,),
+        reference=reference.rms,
+        options=(
+            {"eps": 1e-6},
+            {},
+            {"bias": True},
+            {"elementwise_affine": False},
+            {"partial": 0.4},
+            {"eps_inside": False, "eps": 1e-3, "partial": 0.5, "bias": True},
+            {"weight_offset": 1.0},
+            {"cast_before_weight": True},
+        ),
+        geometry="row",
+        shape=(4, 5, 6),
+    ),
+    Case(
+        cls=equinorm.SwitchNorm,
+        args=(6,),
+        reference=reference.switch,
+        options=(
+            {},
+            {"using": ("layer", "batch")},
+            {"using": ("instance", "layer")},
+            {"momentum": None, "affine": False},
+            {"last_gamma": True},
+        ),
+    ),
+    Case(
+        cls=equinorm.BatchChannelNorm,
+        args=(6, 3),
+        reference=lambda x, p, **kw: reference.batch_channel(x, p, num_groups=3, **kw),
+        options=({}, {"estimate": True}, {"estimate": True, "variance": "batch"}, {"estimate": True, "momentum": None}, {"affine": False}),
+    ),
+)
