@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import equinorm
 from tests.helpers import assert_close
@@ -21,9 +23,10 @@ class Case:
 
     id: str
     apply: Callable[[nn.Module], nn.Module]
-    options: dict = field(default_factory=dict)
-    constant_in_backward: bool = False  # treats part of the weight as a constant: its second derivative in the weight is not exact
+    layers: tuple[str, ...] = ("linear", "conv1d", "conv2d", "conv3d", "transposed", "transposed-grouped")
 
+
+CONVS = ("conv1d", "conv2d", "conv3d", "transposed", "transposed-grouped")
 
 CASES = [
     Case("weight_standardization", equinorm.weight_standardization),
@@ -32,6 +35,10 @@ CASES = [
     Case("weight_standardization-relative", lambda m: equinorm.weight_standardization(m, eps_mode="relative")),
     Case("weight_norm", equinorm.weight_norm),
     Case("weight_norm-whole", lambda m: equinorm.weight_norm(m, dim=None)),
+    Case("spectral_norm", equinorm.spectral_norm),
+    Case("spectral_norm-coefficient", lambda m: equinorm.spectral_norm(m, coeff=0.5)),
+    Case("spectral_norm-per_group", lambda m: equinorm.spectral_norm(m, per_group=True), CONVS),
+    Case("spectral_norm-conv", lambda m: equinorm.spectral_norm(m, method="conv", input_shape=(5,) * (m.weight.ndim - 2)), CONVS),
 ]
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -44,7 +51,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-every_layer = pytest.mark.parametrize("layer", LAYERS)
+every_pair = pytest.mark.parametrize(
+    ("case", "layer"), [pytest.param(case, layer, id=f"{case.id}-{layer}") for case in CASES for layer in case.layers]
+)
 
 
 def build(case: Case, layer: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
@@ -57,8 +66,7 @@ def originals(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parametrizations.weight.parameters())
 
 
-@every_case
-@every_layer
+@every_pair
 def test_the_weight_keeps_shape_and_dtype_and_differs(case, layer):
     make, _ = LAYERS[layer]
     plain = make()
@@ -70,8 +78,7 @@ def test_the_weight_keeps_shape_and_dtype_and_differs(case, layer):
     assert module.weight.requires_grad
 
 
-@every_case
-@every_layer
+@every_pair
 def test_first_derivatives(case, layer):
     module, x = build(case, layer)
     module.eval()
@@ -102,8 +109,7 @@ def test_two_forwards_before_one_backward(case):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in originals(module))
 
 
-@every_case
-@every_layer
+@every_pair
 def test_removing_it_bakes_the_weight(case, layer):
     module, x = build(case, layer)
     module.eval()
@@ -143,9 +149,9 @@ def test_half_weights_are_computed_in_float32(case, dtype):
     module, _ = build(case, "conv2d", dtype)
     torch.manual_seed(0)
     exact, _ = build(case, "conv2d", torch.float64)
-    exact.load_state_dict(module.state_dict())
+    exact.load_state_dict(module.eval().state_dict())
     assert module.weight.dtype == dtype
-    assert_close(module.eval().weight, exact.eval().weight)
+    assert_close(module.weight, exact.eval().weight)
 
 
 @every_case
@@ -159,7 +165,7 @@ def test_autocast_does_not_reach_the_norm(case):
 
 @every_case
 def test_zero_weights_give_finite_weights_and_gradients(case):
-    for layer in LAYERS:
+    for layer in case.layers:
         module, x = build(case, layer, torch.float32)
         with torch.no_grad():
             for p in originals(module):
@@ -184,7 +190,58 @@ def test_compiles_whole(case):
 
 
 @every_case
+def test_compiles_whole_in_training(case):
+    module, x = build(case, "conv2d", torch.float32)
+    twin = copy.deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        assert_close(compiled(x), twin(x).detach())
+    for name, buffer in twin.named_buffers():
+        assert_close(dict(module.named_buffers())[name], buffer, label=name)
+
+
+@every_case
+def test_checkpointing_repeats_the_forward_without_moving_the_state(case):
+    module, x = build(case, "conv2d")
+    twin = copy.deepcopy(module)
+    module(x).square().sum().backward()
+    checkpoint(twin, x, use_reentrant=False).square().sum().backward()
+    for (name, a), b in zip(module.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(originals(module), originals(twin), strict=True):
+        assert_close(b.grad, a.grad, label="gradient")
+
+
+@every_case
+def test_half_modules_keep_wide_state(case):
+    module, _ = build(case, "conv2d", torch.float32)
+    module.to(torch.bfloat16)
+    assert all(buffer.dtype == torch.float32 for buffer in module.buffers())
+    assert module.weight.dtype == torch.bfloat16
+    module.double()
+    assert module.weight.dtype == torch.float64
+    assert all(buffer.dtype == torch.float64 for buffer in module.buffers())
+
+
+@every_case
+def test_meta_device(case):
+    make, shape = LAYERS["conv2d"]
+    with torch.device("meta"):
+        module = case.apply(make())
+        assert module(torch.empty(shape)).device.type == "meta"
+
+
+@every_case
+def test_facts_and_docstring(case):
+    method = getattr(equinorm, case.id.split("-")[0])
+    assert method.facts.family == "weight"
+    assert str(method.facts.paper.year) in str(method.facts.paper)
+    for section in ("Formula", "Use it when", "Not when", "Known trouble", "Args", "Returns", "Raises", "Example", "Source"):
+        assert re.search(rf"^    {section}:", method.__doc__, re.MULTILINE), section
+
+
+@every_case
 def test_registering_twice_is_refused(case):
-    module, _ = build(case, "linear")
+    module, _ = build(case, "conv2d")
     with pytest.raises(ValueError, match="already has it; remove it with"):
         case.apply(module)
