@@ -19,6 +19,9 @@ from equinorm.norms.switch import SwitchNorm as SwitchNorm
 from equinorm.weight.data_dependent import data_dependent_init_ as data_dependent_init_
 from equinorm.weight.norm import weight_norm as weight_norm
 from equinorm.weight.spectral import spectral_norm as spectral_norm
+from equinorm.weight.stable_rank import stable_rank as stable_rank
+from equinorm.weight.stable_rank import stable_rank_norm as stable_rank_norm
+from equinorm.weight.stable_rank import stable_rank_projection as stable_rank_projection
 from equinorm.weight.standardization import WSConv1d as WSConv1d
 from equinorm.weight.standardization import WSConv2d as WSConv2d
 from equinorm.weight.standardization import WSConv3d as WSConv3d

@@ -22,7 +22,7 @@ def data_dependent_init_(
     process_group: dist.ProcessGroup | Literal["world"] | None = None,
     **kwargs: Any,
 ) -> list[str]:
-    """Set lengths and biases of all weight-normalized layers from one batch, so that every pre-activation has mean 0 and std ``init_scale``.
+    """Set lengths and biases of all weight-normalized layers from one batch: every pre-activation gets mean 0 and std ``init_scale``.
 
     The batch runs through the model once, without gradient and in the mode the model is in. Each layer is set when the batch reaches it,
     so it sees the output of layers already set. With v drawn anew and t = v x / ||v||, g = init_scale / sqrt(var[t] + eps) and

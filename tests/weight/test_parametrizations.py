@@ -39,6 +39,8 @@ CASES = [
     Case("spectral_norm-coefficient", lambda m: equinorm.spectral_norm(m, coeff=0.5)),
     Case("spectral_norm-per_group", lambda m: equinorm.spectral_norm(m, per_group=True), CONVS),
     Case("spectral_norm-conv", lambda m: equinorm.spectral_norm(m, method="conv", input_shape=(5,) * (m.weight.ndim - 2)), CONVS),
+    Case("stable_rank_norm", lambda m: equinorm.stable_rank_norm(m, ratio=0.4)),
+    Case("stable_rank_norm-unscaled", lambda m: equinorm.stable_rank_norm(m, rank=1.2, preserve=0, spectral=False)),
 ]
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
