@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from torch._C._autograd import _top_saved_tensors_default_hooks as top_saved_ten
 from torch.autograd.graph import saved_tensors_hooks
 
 from equinorm.core.affine import Affine
+from equinorm.core.measure import Per, defined, fused
 from equinorm.core.moments import Moments
+from equinorm.core.sync import recalling, remembering
 from equinorm.kernels import Impl, dense, like, pick, reference
 
 Rule = Callable[..., "Affine | tuple[Affine, Moments]"]
-Per = Literal["sample", "batch"]
 
 
 def channel_norm(
@@ -87,15 +88,8 @@ def _plain(
     x: Tensor, rule: Rule, tensors: tuple[Tensor | None, ...], per: Per | None, mask: Tensor | None
 ) -> tuple[Tensor, Moments | None]:
     """The definition."""
-    spatial = tuple(range(2, x.ndim))
-    moments = None
-    if per is not None:
-        dims = spatial if per == "sample" else (0, *spatial)
-        mean, var, count = reference.moments(x, dims, mask)
-        shape = mean.shape[:2]
-        moments = Moments(mean.reshape(shape), var.reshape(shape), count.reshape(count.shape[:2]) if isinstance(count, Tensor) else count)
-    affine, seen = _split(rule(moments, *tensors))
-    center, scale, shift = (part.reshape(*part.shape, *[1] * len(spatial)) for part in affine)
+    affine, seen = _split(rule(None if per is None else defined(x, per, mask), *tensors))
+    center, scale, shift = (part.reshape(*part.shape, *[1] * (x.ndim - 2)) for part in affine)
     if mask is None:
         return reference.affine(x, center, scale, shift), seen
     zero = x.new_zeros(())
@@ -103,10 +97,7 @@ def _plain(
 
 
 def _measure(kernels: Any, x: Tensor, per: Per | None) -> Moments | None:
-    if per is None:
-        return None
-    mean, var = kernels.moments(x, per)
-    return Moments(mean, var, x.numel() // mean.numel())
+    return None if per is None else fused(kernels, x, per)
 
 
 def _split(result: Affine | tuple[Affine, Moments]) -> tuple[Affine, Moments | None]:
@@ -131,7 +122,8 @@ class _Fused(torch.autograd.Function):
         if moments is not None and wanted[0]:
             moments.mean.requires_grad_()
             moments.var.requires_grad_()
-        with torch.enable_grad(), _unhooked():
+        ctx.exchanges = []
+        with torch.enable_grad(), _unhooked(), remembering(ctx.exchanges):
             affine, seen = _split(rule(moments, *leaves))
         box.append(seen and _without_gradient(seen))
         ctx.save_for_backward(x, *tensors)
@@ -179,7 +171,8 @@ class _Fused(torch.autograd.Function):
 
 def _recorded(ctx: Any, x: Tensor, tensors: list[Tensor | None], wanted: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients through the plain path, with their own graph recorded."""
-    y, _ = _plain(x, ctx.rule, tuple(tensors), ctx.per, None)
+    with recalling(ctx.exchanges):
+        y, _ = _plain(x, ctx.rule, tuple(tensors), ctx.per, None)
     sources = [t for t, need in zip((x, *tensors), wanted, strict=True) if need and t is not None]
     grads = iter(torch.autograd.grad(y, sources, dy, create_graph=True, allow_unused=True))
     return tuple(next(grads) if need and t is not None else None for t, need in zip((x, *tensors), wanted, strict=True))
