@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from equinorm.core.sync import gather
+from equinorm.core.sync import LEAST, gather
 
 if TYPE_CHECKING:
     from equinorm.core.sync import Group
@@ -48,6 +48,23 @@ class Moments(NamedTuple):
         count = pooled.count[..., 0] if isinstance(pooled.count, Tensor) else pooled.count
         return Moments(pooled.mean.expand(grouped).reshape(n, c), pooled.var.expand(grouped).reshape(n, c), count)
 
+    def weighted_over_batch(self, weights: Tensor, group: Group = None) -> Moments:
+        """Pool over the samples with a weight for each, once per column of ``weights``, and over the processes of ``group``.
+
+        Args:
+            weights: (N, K), not negative; they multiply the counts.
+            group: as for :meth:`over_batch`.
+
+        Returns:
+            moments ``(K, C)`` with counts ``(K, 1)``. A column of zeros has moments 0.
+        """
+        pooled = Moments(*(part.T for part in self._weighted(weights.unsqueeze(1), 0)))
+        return pooled if group is None else gather(pooled, group)
+
+    def weighted_over_channels(self, weights: Tensor) -> Moments:
+        """Pool over the channels of each sample with weights (N, C, K): moments and counts ``(N, K)``."""
+        return Moments(*self._weighted(weights, 1))
+
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of values together, entry by entry."""
         count = self.count + other.count
@@ -56,6 +73,15 @@ class Moments(NamedTuple):
         mean = self.mean + share * apart
         var = self.var + share * (other.var - self.var) + share * (1 - share) * apart.square()
         return Moments(mean, var, count)
+
+    def _weighted(self, weights: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        weights = weights * (self.count.unsqueeze(2) if isinstance(self.count, Tensor) else self.count)  # (N, C | 1, K)
+        count = weights.sum(dim)
+        share = weights / count.clamp(min=LEAST).unsqueeze(dim)
+        means = self.mean.unsqueeze(2)  # (N, C, 1)
+        mean = (means * share).sum(dim)
+        var = ((self.var.unsqueeze(2) + (means - mean.unsqueeze(dim)).square()) * share).sum(dim)
+        return mean, var, count
 
     def _pooled(self, dim: int) -> Moments:
         size = self.mean.shape[dim]

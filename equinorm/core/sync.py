@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -9,11 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch.distributed import ProcessGroup
 
     from equinorm.core.moments import Moments
 
     Group = ProcessGroup | Literal["world"] | None
+
+LEAST = 1e-30  # divisor in place of a sum of weights that is 0; its inverse times any activation is finite in every type
 
 
 def gather(x: Moments, group: Group) -> Moments:
@@ -23,7 +29,8 @@ def gather(x: Moments, group: Group) -> Moments:
     common shift. The backward is one all-reduce of the gradients, and is itself differentiable.
 
     Args:
-        x: the moments of this process, ``(1, C)``; a count of 0 means that it holds no data and still takes part.
+        x: the moments of this process, ``(1, C)``; a count of 0 means that it holds no data and still takes part. Moments of K weighted
+            sets at once are ``(K, C)`` with counts ``(K, 1)``, sums of weights through which gradients flow too.
         group: a process group, or "world" for the default one. Outside of distributed training, and in a group of one, nothing is sent.
 
     Raises:
@@ -34,41 +41,91 @@ def gather(x: Moments, group: Group) -> Moments:
     process_group = dist.group.WORLD if group == "world" else group
     if dist.get_world_size(process_group) == 1:
         return x
-    count = torch.as_tensor(x.count, dtype=x.mean.dtype, device=x.mean.device).reshape(1, 1)
+    count = torch.as_tensor(x.count, dtype=x.mean.dtype, device=x.mean.device).reshape(-1, 1)  # (1 | K, 1)
     mean, var, total = _Gather.apply(x.mean, x.var, count, process_group)
     return type(x)(mean, var, total)
 
 
+_memory = threading.local()
+
+
+@contextmanager
+def remembering(exchanges: list[Tensor]) -> Iterator[None]:
+    """Keep in ``exchanges`` what the ranks send within this context."""
+    with _remember("kept", exchanges):
+        yield
+
+
+@contextmanager
+def recalling(exchanges: list[Tensor]) -> Iterator[None]:
+    """Take the answers of the ranks from ``exchanges``, in order, instead of asking again.
+
+    A rule that is run again for a second derivative would otherwise communicate once more, and hang where another rank has no reason to
+    run it again: one with an empty batch, or on the plain path.
+    """
+    with _remember("recalled", list(exchanges)):
+        yield
+
+
+@contextmanager
+def _remember(name: str, exchanges: list[Tensor]) -> Iterator[None]:
+    before = getattr(_memory, name, None)
+    setattr(_memory, name, exchanges)
+    try:
+        yield
+    finally:
+        setattr(_memory, name, before)
+
+
+def _exchange(message: Tensor, group: ProcessGroup) -> Tensor:
+    """The messages of all ranks, stacked: (R, length)."""
+    if (recalled := getattr(_memory, "recalled", None)) is not None:
+        return recalled.pop(0)
+    gathered = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, message, group=group)
+    ranks = torch.stack(gathered)
+    if (kept := getattr(_memory, "kept", None)) is not None:
+        kept.append(ranks)
+    return ranks
+
+
 class _Gather(torch.autograd.Function):
-    """Pooled mean and variance of all ranks.
+    """Pooled mean and variance of all ranks, row by row.
 
     With shares p_r = n_r / n, mean = sum p_r mean_r and var = sum p_r (var_r + (mean_r - mean)^2), so that
-    d var / d mean_r = 2 p_r (mean_r - mean): what flows through the pooled mean cancels.
+    d var / d mean_r = 2 p_r (mean_r - mean): what flows through the pooled mean cancels. Likewise
+    d mean / d n_r = (mean_r - mean) / n and d var / d n_r = (var_r + (mean_r - mean)^2 - var) / n.
     """
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, count: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-        channels = mean.shape[1]
+        rows, channels = mean.shape
         # The channel count travels with the values: a rank with another one is told so, instead of hanging or reading garbage.
-        message = torch.cat((count.new_tensor([[channels]]), count, mean, var), 1).reshape(-1)  # (2 + 2C,)
-        gathered = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, message, group=group)
-        ranks = torch.stack(gathered)  # (R, 2 + 2C)
-        counts, means, variances = ranks[:, 1:2], ranks[:, 2 : 2 + channels], ranks[:, 2 + channels :]
-        total = counts.sum(0, keepdim=True)  # (1, 1)
-        share = counts / total.clamp(min=1)
-        pooled_mean = (share * means).sum(0, keepdim=True)
-        pooled_var = (share * (variances + (means - pooled_mean).square())).sum(0, keepdim=True)
+        message = torch.cat((count.new_tensor([channels]), count.reshape(-1), mean.reshape(-1), var.reshape(-1)))
+        ranks = _exchange(message, group)[:, 1:]  # (R, K + 2KC)
+        counts, means, variances = ranks.split((rows, rows * channels, rows * channels), 1)
+        counts, means, variances = counts.reshape(-1, rows, 1), means.reshape(-1, rows, channels), variances.reshape(-1, rows, channels)
+        total = counts.sum(0)  # (K, 1)
+        share = counts / total.clamp(min=LEAST)
+        pooled_mean = (share * means).sum(0)
+        pooled_var = (share * (variances + (means - pooled_mean).square())).sum(0)
         ctx.group = group
-        ctx.save_for_backward(mean, pooled_mean, count / total.clamp(min=1))
-        ctx.mark_non_differentiable(total)
+        ctx.save_for_backward(mean, var, count, pooled_mean, pooled_var, total)
+        if not ctx.needs_input_grad[2]:
+            ctx.mark_non_differentiable(total)
         return pooled_mean, pooled_var, total
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        mean, pooled_mean, share = ctx.saved_tensors
-        total_mean, total_var = _Sum.apply(torch.cat((grad_mean, grad_var)), ctx.group)  # each (C,)
-        return share * (total_mean + 2 * (mean - pooled_mean) * total_var), share * total_var, None, None
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        mean, var, count, pooled_mean, pooled_var, total = ctx.saved_tensors
+        sizes = (mean.shape[1], mean.shape[1], 1)
+        to_mean, to_var, to_total = _Sum.apply(torch.cat((grad_mean, grad_var, grad_total), 1), ctx.group).split(sizes, 1)
+        n = total.clamp(min=LEAST)
+        share, apart = count / n, mean - pooled_mean
+        to_count = None
+        if ctx.needs_input_grad[2]:
+            to_count = (to_mean * apart + to_var * (var + apart.square() - pooled_var)).sum(1, keepdim=True) / n + to_total
+        return share * (to_mean + 2 * apart * to_var), share * to_var, to_count, None
 
 
 class _Sum(torch.autograd.Function):
