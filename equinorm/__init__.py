@@ -15,7 +15,15 @@ from equinorm.norms.rms import RMSNorm as RMSNorm
 # Learned mixtures
 from equinorm.norms.switch import SwitchNorm as SwitchNorm
 
+# An affine map from a condition
+from equinorm.conditional.adaptive_instance import AdaptiveInstanceNorm as AdaptiveInstanceNorm
+from equinorm.conditional.adaptive_instance import adaptive_instance_norm as adaptive_instance_norm
+
 # Weights: parametrizations (functions that take a layer and return it) and layers that carry one
+from equinorm.weight.cosine import CosineLinear as CosineLinear  # isort: split
+from equinorm.weight.cosine import CosineConv1d as CosineConv1d
+from equinorm.weight.cosine import CosineConv2d as CosineConv2d
+from equinorm.weight.cosine import CosineConv3d as CosineConv3d
 from equinorm.weight.data_dependent import data_dependent_init_ as data_dependent_init_
 from equinorm.weight.norm import weight_norm as weight_norm
 from equinorm.weight.spectral import spectral_norm as spectral_norm

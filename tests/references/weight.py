@@ -56,3 +56,33 @@ def weight_norm_gradients(v: Tensor, g: Tensor, upstream: Tensor) -> tuple[Tenso
     norm = v.square().sum().sqrt()
     grad_g = (upstream * v).sum() / norm
     return grad_g, g / norm * upstream - g * grad_g / norm**2 * v
+
+
+def cosine(x: Tensor, w: Tensor, centered: bool, eps: float) -> Tensor:
+    """Luo et al. 2017, Eq. 3 and (centred) 10, of two vectors, with eps beside the squared lengths."""
+    if centered:
+        x, w = x - x.sum() / len(x), w - w.sum() / len(w)
+    return (x * w).sum() / ((x * x).sum() + eps).sqrt() / ((w * w).sum() + eps).sqrt()
+
+
+def cosine_conv2d(x: Tensor, weight: Tensor, stride: int, dilation: int, groups: int, centered: bool, eps: float) -> Tensor:
+    """Cosine of every filter with every patch of an input that is already padded."""
+    n, channels, height, width = x.shape
+    out, _, kh, kw = weight.shape
+    rows = (height - dilation * (kh - 1) - 1) // stride + 1
+    columns = (width - dilation * (kw - 1) - 1) // stride + 1
+    y = []
+    for sample in range(n):
+        for o in range(out):
+            first = o // (out // groups) * (channels // groups)
+            for r in range(rows):
+                for c in range(columns):
+                    top, left = r * stride, c * stride
+                    patch = x[
+                        sample,
+                        first : first + channels // groups,
+                        top : top + dilation * (kh - 1) + 1 : dilation,
+                        left : left + dilation * (kw - 1) + 1 : dilation,
+                    ]
+                    y.append(cosine(patch.reshape(-1), weight[o].reshape(-1), centered, eps))
+    return torch.stack(y).view(n, out, rows, columns)
