@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,22 @@ def test_pins_are_what_pyproject_allows_and_what_is_installed():
     for name, pinned in pins().items():
         assert name not in allowed or allowed[name].contains(pinned), f"{name}=={pinned} is not within {allowed[name]}"
         assert version(name).partition("+")[0] == pinned, f"{name} {version(name)} is installed, {pinned} is pinned; run ./dev setup"
+
+
+def test_every_package_that_the_code_imports_is_declared():
+    """A package that is there only because another one needs it may be gone with that one's next release."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    declared = {canonicalize_name(Requirement(line).name) for line in [*PROJECT["project"]["dependencies"], *extras["compare"]]}
+    brought_by = packages_distributions()
+    for path in (ROOT / "equinorm").rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+        for top in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"equinorm"}:
+            owners = {canonicalize_name(owner) for owner in brought_by.get(top, [top])}
+            assert owners & declared, (
+                f"{path.relative_to(ROOT)} imports {top} ({', '.join(sorted(owners))}), which pyproject.toml does not declare"
+            )
 
 
 def test_users_need_torch_alone():
