@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 import equinorm
+from tests.references import conditional
 from tests.references import norms as reference
 
 Reference = Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -64,6 +66,18 @@ class Case:
     def name(self) -> str:
         """The catalogue name."""
         return self.cls.facts.name
+
+
+def vector(width: int) -> Callable[..., tuple[Tensor]]:
+    """A condition (N, width) that depends on the sample alone, so that a share of the batch gets its share of the conditions."""
+    return lambda x, generator: (
+        x.detach().flatten(1)[:, :width].sin() + torch.rand(width, generator=generator, dtype=torch.float64).to(x),
+    )
+
+
+def style(x: Tensor, generator: torch.Generator) -> tuple[Tensor]:
+    """A second feature map, of another size than x."""
+    return (torch.cat([x.detach().cos()] * 2, -1)[..., 1:] * 2 + 3,)
 
 
 CASES: tuple[Case, ...] = (
@@ -128,5 +142,22 @@ CASES: tuple[Case, ...] = (
         args=(6, 3),
         reference=lambda x, p, **kw: reference.batch_channel(x, p, num_groups=3, **kw),
         options=({}, {"estimate": True}, {"estimate": True, "variance": "batch"}, {"estimate": True, "momentum": None}, {"affine": False}),
+    ),
+    Case(
+        cls=equinorm.AdaptiveInstanceNorm,
+        args=(6,),
+        reference=conditional.adaptive_instance,
+        options=({}, {"unbiased": True, "eps": 1e-3}),
+        spatial=(1, 2, 3),
+        extra=style,
+        bad={"cond_dim": (lambda: equinorm.AdaptiveInstanceNorm(6, 0), ValueError, "AdaptiveInstanceNorm: cond_dim must be an integer")},
+    ),
+    Case(
+        cls=equinorm.AdaptiveInstanceNorm,
+        args=(6,),
+        reference=conditional.adaptive_instance,
+        options=({"cond_dim": 5}, {"cond_dim": 5, "unbiased": True}),
+        spatial=(1, 2, 3),
+        extra=vector(5),
     ),
 )

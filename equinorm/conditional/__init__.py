@@ -1,0 +1,1 @@
+"""Norms whose affine map is computed from a second input."""
