@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     Group = ProcessGroup | Literal["world"] | None
 
+BLOCK = 1056  # numbers in the first message of an exchange: 8 KiB in float64, one collective for up to 526 channels
 LEAST = 1e-30  # divisor in place of a sum of weights that is 0; its inverse times any activation is finite in every type
 
 
@@ -34,7 +35,7 @@ def gather(x: Moments, group: Group) -> Moments:
         group: a process group, or "world" for the default one. Outside of distributed training, and in a group of one, nothing is sent.
 
     Raises:
-        RuntimeError: the ranks hold different numbers of channels.
+        RuntimeError: on every process, when they hold different numbers of channels or sets, or when only some of them need a gradient.
     """
     if group is None or not (dist.is_available() and dist.is_initialized()):
         return x
@@ -42,7 +43,8 @@ def gather(x: Moments, group: Group) -> Moments:
     if dist.get_world_size(process_group) == 1:
         return x
     count = torch.as_tensor(x.count, dtype=x.mean.dtype, device=x.mean.device).reshape(-1, 1)  # (1 | K, 1)
-    mean, var, total = _Gather.apply(x.mean, x.var, count, process_group)
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x.mean, x.var, count))
+    mean, var, total = _Gather.apply(x.mean, x.var, count, gradient, process_group)
     return type(x)(mean, var, total)
 
 
@@ -77,16 +79,43 @@ def _remember(name: str, exchanges: list[Tensor]) -> Iterator[None]:
         setattr(_memory, name, before)
 
 
-def _exchange(message: Tensor, group: ProcessGroup) -> Tensor:
-    """The messages of all ranks, stacked: (R, length)."""
+def _exchange(header: dict[str, int], message: Tensor, group: ProcessGroup) -> Tensor:
+    """The messages of all ranks, stacked: (R, length). What ``header`` says must be the same on all of them.
+
+    Messages of different lengths end in a hang, in garbage or in the death of a process, depending on the backend. So the first message has
+    a fixed length and carries the header; what does not fit follows in a second one, once all have seen that the others agree.
+    """
     if (recalled := getattr(_memory, "recalled", None)) is not None:
         return recalled.pop(0)
-    gathered = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, message, group=group)
-    ranks = torch.stack(gathered)
+    front = BLOCK - len(header)
+    block = torch.cat((message.new_tensor(list(header.values())), message[:front], message.new_zeros(max(front - message.numel(), 0))))
+    ranks = _all_gather(block, group)
+    _check(header, ranks[:, : len(header)])
+    ranks = ranks[:, len(header) : len(header) + message.numel()]
+    if message.numel() > front:
+        ranks = torch.cat((ranks, _all_gather(message[front:].contiguous(), group)), 1)
     if (kept := getattr(_memory, "kept", None)) is not None:
         kept.append(ranks)
     return ranks
+
+
+def _all_gather(message: Tensor, group: ProcessGroup) -> Tensor:
+    gathered = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, message, group=group)
+    return torch.stack(gathered)
+
+
+def _check(header: dict[str, int], ranks: Tensor) -> None:
+    """Raises RuntimeError, on every rank alike, unless the headers of all ``ranks`` (R, len(header)) are equal."""
+    if ranks.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # reading a value would end the capture; the warm-up before it has checked
+    columns = zip(header, ranks.T.long().tolist(), strict=True)
+    if different := "; ".join(f"{name} {values} on ranks 0 to {len(values) - 1}" for name, values in columns if len(set(values)) > 1):
+        raise RuntimeError(
+            "synchronised statistics: all processes of a group must normalize the same layer at the same time, "
+            f"but this call has {different}. Build the same model on every process, let no process skip or reorder a norm "
+            "(one without data passes an empty batch), and let the input need a gradient on all of them or on none"
+        )
 
 
 class _Gather(torch.autograd.Function):
@@ -98,11 +127,10 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, count: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, mean: Tensor, var: Tensor, count: Tensor, gradient: bool, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
         rows, channels = mean.shape
-        # The channel count travels with the values: a rank with another one is told so, instead of hanging or reading garbage.
-        message = torch.cat((count.new_tensor([channels]), count.reshape(-1), mean.reshape(-1), var.reshape(-1)))
-        ranks = _exchange(message, group)[:, 1:]  # (R, K + 2KC)
+        header = {"channels": channels, "sets": rows, "gradient": int(gradient)}
+        ranks = _exchange(header, torch.cat((count.reshape(-1), mean.reshape(-1), var.reshape(-1))), group)  # (R, K + 2KC)
         counts, means, variances = ranks.split((rows, rows * channels, rows * channels), 1)
         counts, means, variances = counts.reshape(-1, rows, 1), means.reshape(-1, rows, channels), variances.reshape(-1, rows, channels)
         total = counts.sum(0)  # (K, 1)
@@ -125,7 +153,7 @@ class _Gather(torch.autograd.Function):
         to_count = None
         if ctx.needs_input_grad[2]:
             to_count = (to_mean * apart + to_var * (var + apart.square() - pooled_var)).sum(1, keepdim=True) / n + to_total
-        return share * (to_mean + 2 * apart * to_var), share * to_var, to_count, None
+        return share * (to_mean + 2 * apart * to_var), share * to_var, to_count, None, None
 
 
 class _Sum(torch.autograd.Function):
