@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import equinorm
 from tests.references import conditional
+from tests.references import mode
+from tests.references import local
 from tests.references import norms as reference
 
 Reference = Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -159,5 +161,39 @@ CASES: tuple[Case, ...] = (
         options=({"cond_dim": 5}, {"cond_dim": 5, "unbiased": True}),
         spatial=(1, 2, 3),
         extra=vector(5),
+    ),
+    Case(
+        cls=equinorm.ModeNorm,
+        args=(6,),
+        reference=mode.mode,
+        options=(
+            {},
+            {"num_modes": 3, "momentum": None},
+            {"num_modes": 1, "affine": False},
+            {"num_modes": 3, "count_weighted": True},
+            {"count_weighted": True, "momentum": None},
+        ),
+        bad={"num_modes": (lambda: equinorm.ModeNorm(6, 0), ValueError, "ModeNorm: num_modes must be an integer of at least 1")},
+    ),
+    Case(
+        cls=equinorm.ModeGroupNorm,
+        args=(6,),
+        reference=mode.mode_group,
+        options=({}, {"num_modes": 3, "eps": 1e-3}, {"num_modes": 1, "affine": False}),
+        bad={
+            "num_modes": (lambda: equinorm.ModeGroupNorm(6, 0), ValueError, "ModeGroupNorm: num_modes must be an integer of at least 1"),
+            "one value": (
+                lambda: equinorm.ModeGroupNorm(1)(torch.zeros(4, 1)),
+                ValueError,
+                "ModeGroupNorm: a sample needs more than one value",
+            ),
+        },
+    ),
+    # Per position, local and whitening
+    Case(
+        cls=equinorm.GlobalResponseNorm,
+        args=(6,),
+        reference=local.global_response,
+        options=({"channel_dim": 1}, {"channel_dim": 1, "eps": 0.5}),
     ),
 )

@@ -163,8 +163,9 @@ class _Fused(torch.autograd.Function):
                 zero = scale.new_zeros(1, 1)
                 dx = kernels.affine(dy, zero, scale, zero)
             else:
-                slope = scale.new_zeros(1, 1) if to_var is None else to_var * (2 / moments.count)
-                offset = scale.new_zeros(1, 1) if to_mean is None else to_mean / moments.count
+                count = max(moments.count, 1)
+                slope = scale.new_zeros(1, 1) if to_var is None else to_var * (2 / count)
+                offset = scale.new_zeros(1, 1) if to_mean is None else to_mean / count
                 dx = kernels.backward(dy, x, moments.mean.detach(), scale, slope, offset)
         return (None, None, None, None, dx, *(t if t is None else grads.get(id(t)) for t in leaves))
 

@@ -82,7 +82,7 @@ def group_norm(
     x = x.contiguous()
     k = x.shape[1] // groups
     rows = x.shape[0] * groups
-    s = x.numel() // (rows * k)
+    s = x.shape[2:].numel()
     shape = {"rows": rows, "groups": groups, "k": k, "s": s, "measured": k * s, "eps": eps, "centered": True}
     return _Rows.apply(kernels, shape, lambda *t: channel_norm(t[0], rule, *t[1:], impl="plain")[0], x, weight, bias)
 

@@ -86,14 +86,16 @@ class RunningMoments(nn.Module):
             some = None
             self.num_batches_tracked.add_(1)
             var = seen.var * (count / (count - 1)) if unbiased else seen.var
-        weight = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.clamp(min=1)
+        weight = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.clamp(min=1).to(seen.mean.dtype)
         mean, var = seen.mean.reshape(self.running_mean.shape), var.reshape(self.running_var.shape)
-        mean, var = mean.to(self.running_mean.dtype), var.to(self.running_var.dtype)
-        sound = mean.isfinite() & var.isfinite()
+        mean = self.running_mean + weight * (mean - self.running_mean)  # in the wider type of the moments
+        var = self.running_var + weight * (var - self.running_var)
+        # What the buffers' type cannot hold is no estimate either.
+        sound = mean.to(self.running_mean.dtype).isfinite() & var.to(self.running_var.dtype).isfinite()
         if some is not None:
             sound = sound & some
-        self.running_mean.copy_(torch.where(sound, self.running_mean + weight * (mean - self.running_mean), self.running_mean))
-        self.running_var.copy_(torch.where(sound, self.running_var + weight * (var - self.running_var), self.running_var))
+        self.running_mean.copy_(torch.where(sound, mean, self.running_mean))
+        self.running_var.copy_(torch.where(sound, var, self.running_var))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: buffer for name in self.kept_wide if (buffer := self._buffers.get(name)) is not None}

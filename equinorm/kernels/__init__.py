@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.autograd import forward_ad
 
-from equinorm.kernels import cpu
+from equinorm.kernels import cpu, empty
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +46,7 @@ def pick(x: Tensor, impl: Impl = "auto") -> ModuleType | None:
     """The module of kernels that serves ``x``, or None for the plain path.
 
     The plain path takes whatever looks at the operations instead of running them (``torch.compile``, ``torch.export``, ``torch.func``,
-    forward-mode derivatives, tensor subclasses), empty inputs, other devices, and calls that ask for it.
+    forward-mode derivatives, tensor subclasses), other devices, and calls that ask for it.
 
     Raises:
         ValueError: ``impl`` is neither "auto" nor "plain".
@@ -59,17 +59,17 @@ def pick(x: Tensor, impl: Impl = "auto") -> ModuleType | None:
         return None
     if getattr(_ruled_out, "depth", 0):
         return None
-    if x.device.type != "cpu" or type(x) not in (torch.Tensor, torch.nn.Parameter) or x.numel() == 0:
+    if x.device.type != "cpu" or type(x) not in (torch.Tensor, torch.nn.Parameter):
         return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return None
     if x.dtype not in cpu.DTYPES or not cpu.available():
         return None
-    return cpu
+    return cpu if x.numel() else empty
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` itself if it is contiguous or channels_last, else a contiguous copy (differentiable)."""
+    """``x`` itself if it is contiguous or channels_last, of any rank, else a contiguous copy (differentiable)."""
     return x if x.is_contiguous() or _channels_last(x) else x.contiguous()
 
 
@@ -81,5 +81,4 @@ def like(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
+    return x.ndim > 2 and x.movedim(1, -1).is_contiguous()

@@ -57,6 +57,7 @@ def moments(x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None) -> tup
         var = (centred - rest).square().mean(dims, keepdim=True)
         return shift.to(small) + rest.to(small), var.to(small), count
     zero = x.new_zeros(())
+    mask = mask.expand([x.shape[dim] if dim in {d % x.ndim for d in dims} else size for dim, size in enumerate(mask.shape)])
     counts = mask.to(x.dtype).sum(dims, keepdim=True) if dims else mask.to(x.dtype)
     divisor = counts.clamp(min=1)
     known = torch.where(mask, x, zero)

@@ -174,7 +174,7 @@ class BatchChannelNorm(RunningMoments, ChannelNorm):
 
     def _step(self) -> float | Tensor:
         assert self.num_batches_tracked is not None
-        return self.momentum if self.momentum is not None else 1 / (self.num_batches_tracked + 1)
+        return self.momentum if self.momentum is not None else 1 / (self.num_batches_tracked + 1).double()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_groups={self.num_groups}, momentum={self.momentum}, estimate={self.estimated}"

@@ -20,7 +20,7 @@ from equinorm.kernels import Impl
 def instance(x: Moments, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Affine, Moments]:
     """One mean and variance per sample and channel; what is remembered is their average over the samples."""
     bessel = x.count / (x.count - 1).clamp(min=1) if isinstance(x.count, Tensor) else x.count / max(x.count - 1, 1)
-    average = Moments(x.mean.mean(0, keepdim=True), (x.var * bessel).mean(0, keepdim=True), x.count)
+    average = Moments(x.mean.mean(0, keepdim=True), (x.var * bessel).mean(0, keepdim=True), x.mean.shape[0])
     return normalize(x, weight, bias, eps), average
 
 
