@@ -7,6 +7,7 @@ from equinorm.norms.batch import BatchNorm as BatchNorm
 from equinorm.norms.batch_channel import BatchChannelNorm as BatchChannelNorm
 
 # Statistics within a sample
+from equinorm.norms.global_response import GlobalResponseNorm as GlobalResponseNorm
 from equinorm.norms.group import GroupNorm as GroupNorm
 from equinorm.norms.instance import InstanceNorm as InstanceNorm
 from equinorm.norms.layer import LayerNorm as LayerNorm
