@@ -32,7 +32,7 @@ def measure(x: Tensor, *, per: Per = "sample", mask: Tensor | None = None, impl:
     if not (torch.is_grad_enabled() and x.requires_grad):
         return fused(kernels, x, per)
     mean, var = _Measured.apply(kernels, per, x)
-    return Moments(mean, var, x.numel() // mean.numel())
+    return Moments(mean, var, values(x, mean))
 
 
 def defined(x: Tensor, per: Per, mask: Tensor | None) -> Moments:
@@ -46,7 +46,12 @@ def defined(x: Tensor, per: Per, mask: Tensor | None) -> Moments:
 def fused(kernels: Any, x: Tensor, per: Per) -> Moments:
     """By the kernels, without gradient; ``x`` is dense."""
     mean, var = kernels.moments(x, per)
-    return Moments(mean, var, x.numel() // mean.numel())
+    return Moments(mean, var, values(x, mean))
+
+
+def values(x: Tensor, mean: Tensor) -> int:
+    """How many values of ``x`` stand behind each entry of ``mean``; 0 for an empty batch."""
+    return x.numel() // max(mean.numel(), 1)
 
 
 class _Measured(torch.autograd.Function):
@@ -66,5 +71,5 @@ class _Measured(torch.autograd.Function):
             moments = defined(x, ctx.per, None)
             (dx,) = torch.autograd.grad((moments.mean, moments.var), x, (to_mean, to_var), create_graph=True)
             return None, None, dx
-        n = x.numel() // mean.numel()
+        n = max(values(x, mean), 1)
         return None, None, ctx.kernels.affine(x, mean, to_var * (2 / n), to_mean / n)
