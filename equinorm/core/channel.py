@@ -145,13 +145,13 @@ class _Fused(torch.autograd.Function):
         results = [i for i in range(3) if affine[i].requires_grad]
         grads: dict[int, Tensor | None] = {}
         if results:
-            finest = "sample" if any(part.shape[0] > 1 for part in affine) else "batch"
+            finest = "sample" if any(part.shape[0] != 1 for part in affine) else "batch"
             sum_dy, sum_dy_x = kernels.reduce(dy, x, center, finest)
             of_affine = (-scale * sum_dy, sum_dy_x, sum_dy)  # what center, scale and shift receive
             received = torch.autograd.grad(
                 [affine[i] for i in results],
                 sources,
-                [of_affine[i].sum_to_size(affine[i].shape) for i in results],
+                [_summed(of_affine[i], affine[i].shape) for i in results],
                 retain_graph=True,
                 allow_unused=True,
             )
@@ -177,6 +177,11 @@ def _recorded(ctx: Any, x: Tensor, tensors: list[Tensor | None], wanted: tuple[b
     sources = [t for t, need in zip((x, *tensors), wanted, strict=True) if need and t is not None]
     grads = iter(torch.autograd.grad(y, sources, dy, create_graph=True, allow_unused=True))
     return tuple(next(grads) if need and t is not None else None for t, need in zip((x, *tensors), wanted, strict=True))
+
+
+def _summed(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of a small tensor that was broadcast to that of ``grad``; 0 from a batch without samples."""
+    return grad.sum_to_size(shape) if grad.numel() else grad.new_zeros(shape)
 
 
 def _unhooked() -> Any:
