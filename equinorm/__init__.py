@@ -14,6 +14,8 @@ from equinorm.norms.layer import LayerNorm as LayerNorm
 from equinorm.norms.rms import RMSNorm as RMSNorm
 
 # Learned mixtures
+from equinorm.norms.mode import ModeNorm as ModeNorm
+from equinorm.norms.mode_group import ModeGroupNorm as ModeGroupNorm
 from equinorm.norms.switch import SwitchNorm as SwitchNorm
 
 # An affine map from a condition
