@@ -1,122 +1,203 @@
 // Kernels with one statistic and one affine map per (sample, channel) or per channel.
 //
-// Contiguous memory is rows of s values of one channel: the lanes run along the row. channels_last memory is rows of c channels: the
-// lanes run across the channels, and a channel's sum runs down the rows. A width that is no multiple of the lanes would leave a
-// ragged end on every row, so narrow rows are folded: 8 rows of 3 channels are one row of 24 columns.
+// Contiguous memory is rows of s values of one channel: vectors run along the row. channels_last memory is rows of c channels: vectors
+// run across the channels, and a channel's sum runs down the rows. There memory is walked strictly in order, one row after the other,
+// with the running sums of all columns in the first-level cache: walking down a few columns at a time needs fewer instructions but
+// defeats the prefetching of every processor tried, and takes two to three times as long on data from main memory.
 #include <numeric>
 #include <vector>
 
-#include "moments.h"
+#include "runs.h"
 
 namespace equinorm {
 namespace {
 
-constexpr int64_t kBlock = 16384;  // elements per piece of channels_last memory: stays in the second-level cache
-constexpr int64_t kFoldBelow = 256;  // from here on the ragged end is a small part of a row
+constexpr int64_t kPanel = 1024;  // columns whose running sums are held at a time
+constexpr int64_t kFoldBelow = 64;  // narrower rows are folded: 32 rows of 3 channels are one row of 96 columns
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// channels_last rows are cut into blocks of the same number of rows within each sample.
+// channels_last rows, cut within each sample into blocks of the same height.
 struct Blocks {
-  int64_t samples, rows, c, height, per_sample, fold;
-  Blocks(int64_t samples, int64_t rows, int64_t c) : samples(samples), rows(rows), c(c) {
-    fold = c < kFoldBelow ? kLanes / std::gcd(c, kLanes) : 1;
-    height = std::clamp<int64_t>(kBlock / c / kLanes * kLanes, 32, kSegment);
+  int64_t rows, c, fold, height, per_sample, count;
+  Blocks(int64_t samples, int64_t rows, int64_t c) : rows(rows), c(c) {
+    const int64_t whole = lanes<Floats> / std::gcd(c, lanes<Floats>);  // rows until the columns fill vectors
+    fold = c < kFoldBelow ? divide_up(kFoldBelow, c * whole) * whole : 1;
+    const int64_t elements = std::clamp<int64_t>(rows * c / 64, 16384, 131072);
+    height = divide_up(std::clamp<int64_t>(elements / c, 32, kSegment), fold) * fold;
     per_sample = divide_up(rows, height);
+    count = samples * per_sample;
   }
-  int64_t count() const { return samples * per_sample; }
+  int64_t sample(int64_t unit) const { return unit / per_sample; }
   int64_t begin(int64_t unit) const { return unit % per_sample * height; }
   int64_t length(int64_t unit) const { return std::min(height, rows - begin(unit)); }
-  int64_t offset(int64_t unit) const { return (unit / per_sample * rows + begin(unit)) * c; }
+  int64_t offset(int64_t unit) const { return (sample(unit) * rows + begin(unit)) * c; }
   int64_t elements() const { return std::min(height, rows) * c; }
 };
 
+// A panel of columns as vectors. The last vector reaches back over columns that it shares with the one before.
+template <class V>
+struct Panel {
+  int64_t width;
+  int64_t vectors() const { return divide_up(width, lanes<V>); }
+  int64_t column(int64_t v) const { return std::min(v * lanes<V>, width - lanes<V>); }
+};
+
+template <class Body>
+void for_panels(int64_t width, const Body& body) {
+  const int64_t panels = divide_up(width, kPanel), size = divide_up(width, panels);
+  for (int64_t j = 0; j < width; j += size) body(j, std::min(size, width - j));
+}
+
+// Sums a pair of terms down `height` rows for each vector of a panel; term(row, vector) forms the pair.
+template <class V, class Term>
+void column_sums(int64_t height, int64_t vectors, const Term& term, double* first, double* second) {
+  constexpr int64_t L = lanes<V>;
+  V s[kPanel / L + 1], q[kPanel / L + 1];
+  std::fill_n(first, vectors * L, 0.0);
+  std::fill_n(second, vectors * L, 0.0);
+  for (int64_t begin = 0; begin < height; begin += kChain) {
+    std::fill_n(s, vectors, V{});
+    std::fill_n(q, vectors, V{});
+    for (int64_t r = begin; r < std::min(height, begin + kChain); ++r)
+      for (int64_t v = 0; v < vectors; ++v) {
+        const auto [f, g] = term(r, v);
+        s[v] += f, q[v] += g;
+      }
+    for (int64_t v = 0; v < vectors; ++v)
+      for (int64_t l = 0; l < L; ++l) first[v * L + l] += s[v][l], second[v * L + l] += q[v][l];
+  }
+}
+
 // ---- moments ------------------------------------------------------------------------------------------------------------------
 
-// Sums of x - shift and of its square down `height` rows, for V vectors of columns.
-template <int V, class T>
-void shifted_columns(const T* x, int64_t height, int64_t pitch, const Doubles* shift, Doubles* first, Doubles* second) {
-  Doubles s[V]{}, q[V]{}, k[V];
-  for (int v = 0; v < V; ++v) k[v] = shift[v];
-  for (int64_t r = 0; r < height; ++r, x += pitch)
-    for (int v = 0; v < V; ++v) {
-      const Doubles d = load(x + v * kLanes) - k[v];
-      s[v] += d, q[v] += d * d;
-    }
-  for (int v = 0; v < V; ++v) first[v] = s[v], second[v] = q[v];
+// Sums of x - shift and of its square down each column of a panel.
+template <class V, class T>
+void shifted_columns(const T* x, int64_t height, int64_t pitch, Panel<V> panel, const V* shift, double* first, double* second) {
+  column_sums<V>(
+      height, panel.vectors(),
+      [&](int64_t r, int64_t v) {
+        const V d = load<V>(x + r * pitch + panel.column(v)) - shift[v];
+        return std::pair(d, d * d);
+      },
+      first, second);
 }
 
-template <int V, class T>
-void column_moments_of(const T* x, int64_t height, int64_t pitch, double* mean, double* squares) {
-  Doubles shift[V], first[V], second[V];
-  for (int v = 0; v < V; ++v) shift[v] = load(x + v * kLanes);
-  shifted_columns<V>(x, height, pitch, shift, first, second);
+template <class T>
+void moments_in_double(const T* x, int64_t height, int64_t pitch, int64_t width, double* mean, double* squares) {
+  constexpr int64_t L = lanes<Doubles>;
+  const Panel<Doubles> panel{width};
+  Doubles shift[kPanel / L + 1];
+  double first[kPanel + L], second[kPanel + L];
+  for (int64_t v = 0; v < panel.vectors(); ++v) shift[v] = load<Doubles>(x + panel.column(v));
+  shifted_columns(x, height, pitch, panel, shift, first, second);
   const double count = static_cast<double>(height);
-  if constexpr (std::is_same_v<T, double>) {
-    for (int v = 0; v < V; ++v) shift[v] += first[v] / count;
-    shifted_columns<V>(x, height, pitch, shift, first, second);
+  if constexpr (!in_float<T>) {  // no digits to spare: shift by the mean, so that nothing cancels
+    for (int64_t v = 0; v < panel.vectors(); ++v) shift[v] += load<Doubles>(first + v * L) / count;
+    shifted_columns(x, height, pitch, panel, shift, first, second);
   }
-  for (int v = 0; v < V; ++v) {
-    store(mean + v * kLanes, shift[v] + first[v] / count);
-    const Doubles m2 = second[v] - first[v] * (first[v] / count);
-    store(squares + v * kLanes, m2 < 0 ? Doubles{} : m2);
+  for (int64_t v = 0; v < panel.vectors(); ++v)
+    for (int64_t l = 0; l < L; ++l) {
+      const Sums sums{first[v * L + l], second[v * L + l]};
+      mean[panel.column(v) + l] = shift[v][l] + sums.first / count;
+      squares[panel.column(v) + l] = about_mean(sums, count);
+    }
+}
+
+template <class T>
+void moments_in_float(const T* x, int64_t height, int64_t pitch, int64_t width, double* mean, double* squares) {
+  constexpr int64_t L = lanes<Floats>;
+  const Panel<Floats> panel{width};
+  Floats shift[kPanel / L + 1];
+  double first[kPanel + L], second[kPanel + L];
+  const int64_t step = height / 4 * pitch;
+  for (int64_t v = 0; v < panel.vectors(); ++v) {
+    const T* const at = x + panel.column(v);
+    shift[v] = ((load<Floats>(at) + load<Floats>(at + step)) + (load<Floats>(at + 2 * step) + load<Floats>(at + 3 * step))) * 0.25f;
+  }
+  shifted_columns(x, height, pitch, panel, shift, first, second);
+  const double count = static_cast<double>(height);
+  for (int64_t v = 0; v < panel.vectors(); ++v) {
+    bool held = true;
+    for (int64_t l = 0; l < L; ++l) {
+      const Sums sums{first[v * L + l], second[v * L + l]};
+      const double deviations = about_mean(sums, count);
+      mean[panel.column(v) + l] = shift[v][l] + sums.first / count;
+      squares[panel.column(v) + l] = deviations;
+      held &= shift_held(sums, deviations, count);
+    }
+    const int64_t j = panel.column(v);
+    if (!held) moments_in_double(x + j, height, pitch, L, mean + j, squares + j);
   }
 }
 
 template <class T>
-void column_moments(const T* x, int64_t height, int64_t width, double* mean, double* squares) {
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= width; j += 4 * kLanes) column_moments_of<4>(x + j, height, width, mean + j, squares + j);
-  for (; j + kLanes <= width; j += kLanes) column_moments_of<1>(x + j, height, width, mean + j, squares + j);
-  for (; j < width; ++j) {
-    double shift = load_one(x + j), s = 0, q = 0;
-    for (int pass = 0; pass < (std::is_same_v<T, double> ? 2 : 1); ++pass) {
-      shift += s / height, s = 0, q = 0;
-      for (int64_t r = 0; r < height; ++r) {
-        const double d = load_one(x + j + r * width) - shift;
-        s += d, q += d * d;
+void column_moments(const T* x, int64_t height, int64_t pitch, double* mean, double* squares) {
+  if (pitch < lanes<Doubles>) {
+    for (int64_t j = 0; j < pitch; ++j) {
+      double shift = load_one(x + j);
+      Sums sums{0, 0};
+      for (int pass = 0; pass < (in_float<T> ? 1 : 2); ++pass) {
+        shift += sums.first / height, sums = {0, 0};
+        for (int64_t r = 0; r < height; ++r) {
+          const double d = load_one(x + j + r * pitch) - shift;
+          sums.first += d, sums.second += d * d;
+        }
       }
+      mean[j] = shift + sums.first / height;
+      squares[j] = about_mean(sums, height);
     }
-    mean[j] = shift + s / height;
-    squares[j] = about_mean(q, s, height);
+    return;
   }
+  for_panels(pitch, [&](int64_t j, int64_t width) {
+    if constexpr (in_float<T>)
+      if (height >= 4 && width >= lanes<Floats>) return moments_in_float(x + j, height, pitch, width, mean + j, squares + j);
+    moments_in_double(x + j, height, pitch, width, mean + j, squares + j);
+  });
 }
 
-// Moments of one block of rows, folded where rows are narrow.
 template <class T>
 void block_moments(const T* x, int64_t height, int64_t c, int64_t fold, double* mean, double* squares) {
-  if (fold == 1 || height < fold) {
+  const int64_t folded = height / fold, left = height % fold, width = c * fold;
+  if (fold == 1 || folded == 0) {
     column_moments(x, height, c, mean, squares);
     return;
   }
-  const int64_t folded = height / fold, left = height % fold, width = c * fold;
-  double means[2 * kFoldBelow * kLanes], deviations[2 * kFoldBelow * kLanes];
-  column_moments(x, folded, width, means, deviations);
-  if (left > 0) column_moments(x + folded * width, left, c, means + width, deviations + width);
-  pool(means, deviations, fold + (left > 0), c, [=](int64_t p) { return static_cast<double>(p < fold ? folded : left); }, mean, squares);
+  std::vector<double> means(width + c), deviations(width + c);
+  column_moments(x, folded, width, means.data(), deviations.data());
+  if (left > 0) column_moments(x + folded * width, left, c, &means[width], &deviations[width]);
+  const auto count = [=](int64_t p) { return static_cast<double>(p < fold ? folded : left); };
+  pool(means.data(), deviations.data(), fold + (left > 0), c, c, count, mean, squares);
 }
 
 // Partial moments of `parts` pieces of each of n samples, [n][parts][c] -> per sample [n][c] -> per channel [c], as variances.
 template <class Count>
-void finish_moments(std::vector<double>& means, std::vector<double>& squares, int64_t n, int64_t parts, int64_t c, int64_t s,
+void finish_moments(const std::vector<double>& means, const std::vector<double>& squares, int64_t n, int64_t parts, int64_t c, int64_t s,
                     const Count& count, SmallOut mean, SmallOut var) {
   const bool batch = mean.step == 0;
   std::vector<double> sample_means, sample_squares;
+  const double *from_means = means.data(), *from_squares = squares.data();
   if (parts > 1) {
     sample_means.resize(n * c), sample_squares.resize(n * c);
+    parallel(n, 4 * parts * c, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        pool(&means[i * parts * c], &squares[i * parts * c], parts, c, c, count, &sample_means[i * c], &sample_squares[i * c]);
+    });
+    from_means = sample_means.data(), from_squares = sample_squares.data();
+  }
+  const auto whole = [=](int64_t) { return static_cast<double>(s); };
+  parallel(c, 4 * n, [&](int64_t begin, int64_t end) {
+    if (batch) {
+      pool(from_means + begin, from_squares + begin, n, c, end - begin, whole, mean.data + begin, var.data + begin);
+      for (int64_t j = begin; j < end; ++j) var.data[j] /= static_cast<double>(n * s);
+      return;
+    }
     for (int64_t i = 0; i < n; ++i)
-      pool(&means[i * parts * c], &squares[i * parts * c], parts, c, count, &sample_means[i * c], &sample_squares[i * c]);
-  } else {
-    sample_means.swap(means), sample_squares.swap(squares);
-  }
-  if (batch) pool(sample_means.data(), sample_squares.data(), n, c, [=](int64_t) { return double(s); }, mean.data, var.data);
-  const int64_t values = batch ? c : n * c;
-  const double total = static_cast<double>(batch ? n * s : s);
-  if (!batch) {
-    std::copy_n(sample_means.data(), values, mean.data);
-    std::copy_n(sample_squares.data(), values, var.data);
-  }
-  for (int64_t i = 0; i < values; ++i) var.data[i] /= total;
+      for (int64_t j = begin; j < end; ++j) {
+        mean.data[i * c + j] = from_means[i * c + j];
+        var.data[i * c + j] = from_squares[i * c + j] / static_cast<double>(s);
+      }
+  });
 }
 
 }  // namespace
@@ -127,10 +208,10 @@ void channel_moments(const T* x, SmallOut mean, SmallOut var, Shape shape) {
   if (channels_last) {
     if (mean.step == 0) s *= n, n = 1;
     const Blocks blocks(n, s, c);
-    std::vector<double> means(blocks.count() * c), squares(blocks.count() * c);
-    parallel(blocks.count(), blocks.elements(), [&](int64_t begin, int64_t end) {
+    std::vector<double> means(blocks.count * c), squares(blocks.count * c);
+    parallel(blocks.count, blocks.elements(), [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u)
-        block_moments(x + blocks.offset(u), blocks.length(u), c, blocks.fold, &means[u * c], &squares[u * c]);
+        block_moments(x + blocks.offset(u), blocks.length(u), blocks.c, blocks.fold, &means[u * blocks.c], &squares[u * blocks.c]);
     });
     finish_moments(means, squares, n, blocks.per_sample, c, s, [&](int64_t k) { return double(blocks.length(k)); }, mean, var);
     return;
@@ -148,115 +229,79 @@ void channel_moments(const T* x, SmallOut mean, SmallOut var, Shape shape) {
   finish_moments(means, squares, n, segments, c, s, [&](int64_t k) { return double(length(k)); }, mean, var);
 }
 
-// ---- elementwise passes -------------------------------------------------------------------------------------------------------
+// ---- maps ---------------------------------------------------------------------------------------------------------------------
 
 namespace {
 
-// One map out = f(in..., parameters...) over contiguous rows (parameters fixed) or rows of channels (parameters per column).
-template <class T>
-struct AffineMap {
-  const T* x;
-  T* out;
-  static constexpr int kParameters = 3;
-  Doubles operator()(Doubles x, Doubles, const Doubles* p) const { return (x - p[0]) * p[1] + p[2]; }
-  static constexpr bool kGradient = false;
-  const T* dy = nullptr;
+// A map's parameters for the columns of one sample, repeated for folded rows, in the arithmetic that suits them.
+template <class Map, class T>
+struct ColumnParameters {
+  static constexpr int P = Map::kParameters;
+  std::vector<float> floats;
+  std::vector<double> doubles;
+  bool narrow = false;
+  int64_t width = 0;
+
+  // `rows` rows will use them: for a few it is not worth while to narrow them.
+  void set(const Small* small, int64_t sample, int64_t c, int64_t fold, int64_t rows) {
+    width = c * fold;
+    narrow = in_float<T> && rows >= 4;
+    if (narrow) {
+      floats.resize(P * width);
+      for (int64_t j = 0; j < c; ++j) {
+        double wide[P];
+        float cut[P];
+        for (int m = 0; m < P; ++m) wide[m] = small[m].sample(sample)[j];
+        narrow = narrow && to_floats<Map>(wide, cut);
+        for (int m = 0; m < P; ++m) floats[m * width + j] = cut[m];
+      }
+      for (int m = 0; m < P; ++m)
+        for (int64_t f = 1; f < fold; ++f) std::copy_n(&floats[m * width], c, &floats[m * width + f * c]);
+    }
+    if (narrow) return;
+    doubles.resize(P * width);
+    for (int m = 0; m < P; ++m)
+      for (int64_t f = 0; f < fold; ++f) std::copy_n(small[m].sample(sample), c, &doubles[m * width + f * c]);
+  }
+
+  void apply(const T* x, const T* dy, T* out, int64_t columns) const {
+    const auto row = [&]<class V>(V, const auto* from) {
+      apply_vectors<Map, V>(x, dy, out, columns, [&](V* p, const auto& get) {
+        for (int m = 0; m < P; ++m) p[m] = get(from + m * width);
+      });
+    };
+    if constexpr (in_float<T>)
+      if (narrow) return row(Floats{}, floats.data());
+    row(Doubles{}, doubles.data());
+  }
 };
 
-template <class T>
-struct BackwardMap {
-  const T* x;
-  T* out;
-  static constexpr int kParameters = 4;
-  Doubles operator()(Doubles x, Doubles dy, const Doubles* p) const { return p[1] * dy + (p[2] * (x - p[0]) + p[3]); }
-  static constexpr bool kGradient = true;
-  const T* dy;
-};
-
-template <class Map>
-void apply_run(const Map& map, int64_t at, int64_t count, const double* parameters) {
-  Doubles p[Map::kParameters];
-  for (int m = 0; m < Map::kParameters; ++m) p[m] = splat(parameters[m]);
-  int64_t i = at;
-  const int64_t end = at + count;
-  for (; i + kLanes <= end; i += kLanes) {
-    Doubles dy{};
-    if constexpr (Map::kGradient) dy = load(map.dy + i);
-    store(map.out + i, map(load(map.x + i), dy, p));
-  }
-  if (i < end) {
-    Doubles dy{};
-    if constexpr (Map::kGradient) dy = load_tail(map.dy + i, end - i, {});
-    store_tail(map.out + i, end - i, map(load_tail(map.x + i, end - i, {}), dy, p));
-  }
-}
-
-template <class Map>
-void apply_columns(const Map& map, int64_t at, int64_t height, int64_t width, const double* const* parameters) {
-  constexpr int kRows = 4;  // rows that share one load of the parameters
-  Doubles p[Map::kParameters];
-  for (int64_t r = 0; r < height; r += kRows) {
-    const int64_t rows = std::min<int64_t>(kRows, height - r);
-    int64_t j = 0;
-    for (; j + kLanes <= width; j += kLanes) {
-      for (int m = 0; m < Map::kParameters; ++m) p[m] = load(parameters[m] + j);
-      for (int64_t k = 0; k < rows; ++k) {
-        const int64_t i = at + (r + k) * width + j;
-        Doubles dy{};
-        if constexpr (Map::kGradient) dy = load(map.dy + i);
-        store(map.out + i, map(load(map.x + i), dy, p));
-      }
-    }
-    if (j < width) {
-      for (int m = 0; m < Map::kParameters; ++m) p[m] = load_tail(parameters[m] + j, width - j, 0.0);
-      for (int64_t k = 0; k < rows; ++k) {
-        const int64_t i = at + (r + k) * width + j;
-        Doubles dy{};
-        if constexpr (Map::kGradient) dy = load_tail(map.dy + i, width - j, {});
-        store_tail(map.out + i, width - j, map(load_tail(map.x + i, width - j, {}), dy, p));
-      }
-    }
-  }
-}
-
-template <class Map>
-void apply(const Map& map, const Small* small, Shape shape) {
+template <class Map, class T>
+void apply(const T* x, const T* dy, T* out, const Small* small, Shape shape) {
   constexpr int P = Map::kParameters;
   auto [n, c, s, channels_last] = shape;
   if (!channels_last) {
     const int64_t segments = divide_up(s, kSegment);
     parallel(n * c * segments, std::min(kSegment, s), [&, c = c, s = s](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u / segments, k = u % segments;
-        double p[P];
-        for (int m = 0; m < P; ++m) p[m] = small[m].sample(row / c)[row % c];
-        apply_run(map, row * s + k * kSegment, std::min(kSegment, s - k * kSegment), p);
+        const int64_t row = u / segments, at = row * s + u % segments * kSegment;
+        double parameters[P];
+        for (int m = 0; m < P; ++m) parameters[m] = small[m].sample(row / c)[row % c];
+        apply_run<Map>(x + at, dy + at, out + at, std::min(kSegment, (row + 1) * s - at), parameters);
       }
     });
     return;
   }
   if (std::all_of(small, small + P, [](const Small& t) { return t.step == 0; })) s *= n, n = 1;
   const Blocks blocks(n, s, c);
-  parallel(blocks.count(), blocks.elements(), [&, c = c](int64_t begin, int64_t end) {
-    std::vector<double> folded;
+  parallel(blocks.count, blocks.elements(), [&](int64_t begin, int64_t end) {
+    ColumnParameters<Map, T> parameters;
     int64_t held = -1;
     for (int64_t u = begin; u < end; ++u) {
-      const int64_t sample = u / blocks.per_sample, height = blocks.length(u), fold = height < 2 * blocks.fold ? 1 : blocks.fold;
-      const double* p[P];
-      for (int m = 0; m < P; ++m) p[m] = small[m].sample(sample);
-      const int64_t wide = fold > 1 ? height / fold : 0;
-      if (wide > 0) {
-        if (held != sample) {
-          folded.resize(P * fold * c);
-          for (int m = 0; m < P; ++m)
-            for (int64_t f = 0; f < fold; ++f) std::copy_n(p[m], c, &folded[(m * fold + f) * c]);
-          held = sample;
-        }
-        const double* q[P];
-        for (int m = 0; m < P; ++m) q[m] = &folded[m * fold * c];
-        apply_columns(map, blocks.offset(u), wide, c * fold, q);
-      }
-      apply_columns(map, blocks.offset(u) + wide * fold * c, height - wide * fold, c, p);
+      if (blocks.sample(u) != held) parameters.set(small, held = blocks.sample(u), blocks.c, std::min(blocks.fold, blocks.rows), blocks.rows);
+      const int64_t last = blocks.offset(u) + blocks.length(u) * blocks.c;
+      for (int64_t at = blocks.offset(u); at < last; at += parameters.width)
+        parameters.apply(x + at, dy + at, out + at, std::min(parameters.width, last - at));
     }
   });
 }
@@ -266,91 +311,95 @@ void apply(const Map& map, const Small* small, Shape shape) {
 template <class T>
 void channel_affine(const T* x, Small center, Small scale, Small shift, T* y, Shape shape) {
   const Small small[] = {center, scale, shift};
-  apply(AffineMap<T>{x, y}, small, shape);
+  apply<AffineMap>(x, x, y, small, shape);
 }
 
 template <class T>
 void channel_backward(const T* dy, const T* x, Small center, Small scale, Small slope, Small offset, T* dx, Shape shape) {
   const Small small[] = {center, scale, slope, offset};
-  apply(BackwardMap<T>{x, dx, dy}, small, shape);
+  apply<BackwardMap>(x, dy, dx, small, shape);
 }
 
 // ---- reductions of the gradient -----------------------------------------------------------------------------------------------
 
 namespace {
 
-template <class T>
-Sums run_reduce(const T* dy, const T* x, int64_t count, double center) {
-  const Doubles k = splat(center);
-  Doubles s0{}, s1{}, q0{}, q1{};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    const Doubles a = load(dy + i), b = load(dy + i + kLanes);
-    s0 += a, q0 += a * (load(x + i) - k);
-    s1 += b, q1 += b * (load(x + i + kLanes) - k);
-  }
-  if (i + kLanes <= count) {
-    const Doubles a = load(dy + i);
-    s0 += a, q0 += a * (load(x + i) - k);
-    i += kLanes;
-  }
-  if (i < count) {
-    const Doubles b = load_tail(dy + i, count - i, {});
-    s1 += b, q1 += b * (load_tail(x + i, count - i, {}) - k);
-  }
-  return {sum(s0 + s1), sum(q0 + q1)};
-}
-
-template <int V, class T>
-void column_reduce_of(const T* dy, const T* x, int64_t height, int64_t pitch, const double* center, double* first, double* second) {
-  Doubles s[V]{}, q[V]{}, k[V];
-  for (int v = 0; v < V; ++v) k[v] = load(center + v * kLanes);
-  for (int64_t r = 0; r < height; ++r, dy += pitch, x += pitch)
-    for (int v = 0; v < V; ++v) {
-      const Doubles g = load(dy + v * kLanes);
-      s[v] += g, q[v] += g * (load(x + v * kLanes) - k[v]);
+template <class V, class T>
+void reduce_in(const T* dy, const T* x, int64_t height, int64_t pitch, int64_t width, const double* center, double* sum_dy,
+               double* sum_dy_x) {
+  constexpr int64_t L = lanes<V>;
+  const Panel<V> panel{width};
+  V shift[kPanel / L + 1];
+  double first[kPanel + L], second[kPanel + L];
+  for (int64_t v = 0; v < panel.vectors(); ++v)
+    for (int64_t l = 0; l < L; ++l) shift[v][l] = static_cast<Scalar<V>>(center[panel.column(v) + l]);
+  column_sums<V>(
+      height, panel.vectors(),
+      [&](int64_t r, int64_t v) {
+        const int64_t at = r * pitch + panel.column(v);
+        const V g = load<V>(dy + at);
+        return std::pair(g, g * (load<V>(x + at) - shift[v]));
+      },
+      first, second);
+  const double count = static_cast<double>(height);
+  for (int64_t v = 0; v < panel.vectors(); ++v) {
+    const int64_t j = panel.column(v);
+    bool held = true;
+    for (int64_t l = 0; l < L; ++l) {
+      Sums sums{first[v * L + l], second[v * L + l]};
+      if (shift[v][l] != center[j + l]) sums.second += (shift[v][l] - center[j + l]) * sums.first;
+      sum_dy[j + l] = sums.first, sum_dy_x[j + l] = sums.second;
+      held &= std::abs(center[j + l]) <= kLargest && reduction_held(sums, count);
     }
-  for (int v = 0; v < V; ++v) store(first + v * kLanes, s[v]), store(second + v * kLanes, q[v]);
+    if constexpr (std::is_same_v<V, Floats>)
+      if (!held) reduce_in<Doubles>(dy + j, x + j, height, pitch, L, center + j, sum_dy + j, sum_dy_x + j);
+  }
 }
 
 template <class T>
-void column_reduce(const T* dy, const T* x, int64_t height, int64_t width, const double* center, double* first, double* second) {
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= width; j += 4 * kLanes)
-    column_reduce_of<4>(dy + j, x + j, height, width, center + j, first + j, second + j);
-  for (; j + kLanes <= width; j += kLanes) column_reduce_of<1>(dy + j, x + j, height, width, center + j, first + j, second + j);
-  for (; j < width; ++j) {
-    double s = 0, q = 0;
-    for (int64_t r = 0; r < height; ++r) {
-      const double g = load_one(dy + j + r * width);
-      s += g, q += g * (load_one(x + j + r * width) - center[j]);
+void column_reduce(const T* dy, const T* x, int64_t height, int64_t pitch, const double* center, double* sum_dy, double* sum_dy_x) {
+  if (pitch < lanes<Doubles>) {
+    for (int64_t j = 0; j < pitch; ++j) {
+      sum_dy[j] = 0, sum_dy_x[j] = 0;
+      for (int64_t r = 0; r < height; ++r) {
+        const double g = load_one(dy + j + r * pitch);
+        sum_dy[j] += g, sum_dy_x[j] += g * (load_one(x + j + r * pitch) - center[j]);
+      }
     }
-    first[j] = s, second[j] = q;
+    return;
   }
+  for_panels(pitch, [&](int64_t j, int64_t width) {
+    if constexpr (in_float<T>)
+      if (width >= lanes<Floats>) return reduce_in<Floats>(dy + j, x + j, height, pitch, width, center + j, sum_dy + j, sum_dy_x + j);
+    reduce_in<Doubles>(dy + j, x + j, height, pitch, width, center + j, sum_dy + j, sum_dy_x + j);
+  });
 }
 
 template <class T>
 void block_reduce(const T* dy, const T* x, int64_t height, int64_t c, int64_t fold, const double* center, double* first,
                   double* second) {
-  if (fold == 1 || height < fold) {
+  const int64_t folded = height / fold, left = height % fold, width = c * fold;
+  if (fold == 1 || folded == 0) {
     column_reduce(dy, x, height, c, center, first, second);
     return;
   }
-  const int64_t folded = height / fold, left = height % fold, width = c * fold;
-  double centers[kFoldBelow * kLanes], s[kFoldBelow * kLanes], q[kFoldBelow * kLanes];
-  for (int64_t f = 0; f < fold; ++f) std::copy_n(center, c, centers + f * c);
   column_reduce(dy + folded * width, x + folded * width, left, c, center, first, second);
-  column_reduce(dy, x, folded, width, centers, s, q);
+  std::vector<double> centers(width), s(width), q(width);
+  for (int64_t f = 0; f < fold; ++f) std::copy_n(center, c, &centers[f * c]);
+  column_reduce(dy, x, folded, width, centers.data(), s.data(), q.data());
   for (int64_t f = 0; f < fold; ++f)
     for (int64_t j = 0; j < c; ++j) first[j] += s[f * c + j], second[j] += q[f * c + j];
 }
 
 // Sums of `parts` pieces of each of n samples, [n][parts][c], in order.
 void finish_sums(const std::vector<double>& partial, int64_t n, int64_t parts, int64_t c, SmallOut out) {
-  std::fill_n(out.data, out.step == 0 ? c : n * c, 0.0);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t k = 0; k < parts; ++k)
-      for (int64_t j = 0; j < c; ++j) out.data[i * out.step + j] += partial[(i * parts + k) * c + j];
+  parallel(c, 2 * n * parts, [&](int64_t begin, int64_t end) {
+    const int64_t results = out.step == 0 ? 1 : n;
+    for (int64_t i = 0; i < results; ++i) std::fill(out.data + i * c + begin, out.data + i * c + end, 0.0);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t k = 0; k < parts; ++k)
+        for (int64_t j = begin; j < end; ++j) out.data[i * out.step + j] += partial[(i * parts + k) * c + j];
+  });
 }
 
 }  // namespace
@@ -361,11 +410,11 @@ void channel_reduce(const T* dy, const T* x, Small center, SmallOut sum_dy, Smal
   if (channels_last) {
     if (center.step == 0 && sum_dy.step == 0 && sum_dy_x.step == 0) s *= n, n = 1;
     const Blocks blocks(n, s, c);
-    std::vector<double> first(blocks.count() * c), second(blocks.count() * c);
-    parallel(blocks.count(), 2 * blocks.elements(), [&, c = c](int64_t begin, int64_t end) {
+    std::vector<double> first(blocks.count * c), second(blocks.count * c);
+    parallel(blocks.count, 2 * blocks.elements(), [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u)
-        block_reduce(dy + blocks.offset(u), x + blocks.offset(u), blocks.length(u), c, blocks.fold,
-                     center.sample(u / blocks.per_sample), &first[u * c], &second[u * c]);
+        block_reduce(dy + blocks.offset(u), x + blocks.offset(u), blocks.length(u), blocks.c, blocks.fold,
+                     center.sample(blocks.sample(u)), &first[u * blocks.c], &second[u * blocks.c]);
     });
     finish_sums(first, n, blocks.per_sample, c, sum_dy);
     finish_sums(second, n, blocks.per_sample, c, sum_dy_x);
@@ -376,7 +425,7 @@ void channel_reduce(const T* dy, const T* x, Small center, SmallOut sum_dy, Smal
   parallel(n * c * segments, 2 * std::min(kSegment, s), [&, c = c, s = s](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
       const int64_t row = u / segments, k = u % segments, at = (row / c * segments + k) * c + row % c, from = row * s + k * kSegment;
-      const Sums sums = run_reduce(dy + from, x + from, std::min(kSegment, s - k * kSegment), center.sample(row / c)[row % c]);
+      const Sums sums = run_reduce(dy + from, x + from, std::min(kSegment, (row + 1) * s - from), center.sample(row / c)[row % c]);
       first[at] = sums.first, second[at] = sums.second;
     }
   });

@@ -1,30 +1,44 @@
-// Eight doubles at a time, whatever the element type in memory.
+// Vectors of one register's width, in float or double arithmetic, whatever the element type in memory.
 //
-// Every value is converted to double when it is loaded and rounded once when it is stored. So float32 data may have any mean, any
-// spread and any count without a special case: squares of the largest float32 fit a double, and a double keeps nine digits more.
-// The vectors are the compilers' own extension (GCC and Clang): they become AVX-512, AVX2 or NEON code without reassociation flags,
-// and the order of every sum is written here, so that it is the same on every call.
+// They are the compilers' own extension (GCC and Clang): AVX-512, AVX or NEON code without flags that let the compiler reorder sums.
+// The order of every sum is written in this folder, so it is the same on every call.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__F16C__)
 #include <immintrin.h>
-#endif
-#if !defined(__F16C__)
+#else
 #include <torch/headeronly/util/Half.h>
 #endif
 
 namespace equinorm {
 
-constexpr int64_t kLanes = 8;
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
 
-using Doubles = double __attribute__((vector_size(64)));
-using Floats = float __attribute__((vector_size(32)));
-using Words = uint32_t __attribute__((vector_size(32)));
-using Shorts = uint16_t __attribute__((vector_size(16)));
+template <class Scalar, int64_t count>
+struct VectorOf {
+  typedef Scalar type __attribute__((vector_size(count * sizeof(Scalar))));
+};
+template <class Scalar, int64_t count>
+using Vector = typename VectorOf<Scalar, count>::type;
+
+using Floats = Vector<float, kBytes / sizeof(float)>;
+using Doubles = Vector<double, kBytes / sizeof(double)>;
+
+template <class V>
+using Scalar = std::remove_cvref_t<decltype(V{}[0])>;
+template <class V>
+constexpr int64_t lanes = sizeof(V) / sizeof(Scalar<V>);
 
 struct bfloat16 {
   uint16_t bits;
@@ -33,86 +47,149 @@ struct float16 {
   uint16_t bits;
 };
 
-inline Doubles splat(double value) { return Doubles{} + value; }
+template <class V>
+V splat(double value) {
+  return V{} + static_cast<Scalar<V>>(value);
+}
 
-inline Doubles load(const double* from) {
-  Doubles values;
+template <class V>
+V read(const void* from) {
+  V values;
   std::memcpy(&values, from, sizeof values);
   return values;
 }
 
-inline Doubles load(const float* from) {
-  Floats values;
-  std::memcpy(&values, from, sizeof values);
-  return __builtin_convertvector(values, Doubles);
+template <int64_t count>
+Vector<float, count> widen(const bfloat16* from) {
+  const auto bits = __builtin_convertvector(read<Vector<uint16_t, count>>(from), Vector<uint32_t, count>) << 16;
+  return std::bit_cast<Vector<float, count>>(bits);
 }
 
-inline Doubles load(const bfloat16* from) {
-  Shorts values;
-  std::memcpy(&values, from, sizeof values);
-  return __builtin_convertvector(std::bit_cast<Floats>(__builtin_convertvector(values, Words) << 16), Doubles);
-}
-
-inline Doubles load(const float16* from) {
-  Floats values;
-#if defined(__F16C__)
-  values = (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#else
-  for (int64_t i = 0; i < kLanes; ++i) values[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(from[i].bits);
+template <int64_t count>
+Vector<float, count> widen(const float16* from) {
+  using Result = Vector<float, count>;
+#if defined(__AVX512F__)
+  if constexpr (count == 16) return (Result)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #endif
-  return __builtin_convertvector(values, Doubles);
+#if defined(__F16C__)
+  if constexpr (count == 8) return (Result)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  if constexpr (count == 4) return (Result)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  Result values;
+  for (int64_t i = 0; i < count; ++i) values[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(from[i].bits);
+  return values;
+#endif
 }
 
-inline void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof values); }
-
-inline void store(float* to, Doubles values) {
-  const Floats rounded = __builtin_convertvector(values, Floats);
-  std::memcpy(to, &rounded, sizeof rounded);
+// One vector of V from memory.
+template <class V, class T>
+V load(const T* from) {
+  if constexpr (std::is_same_v<T, Scalar<V>>) {
+    return read<V>(from);
+  } else if constexpr (std::is_same_v<T, float>) {
+    return __builtin_convertvector((read<Vector<float, lanes<V>>>(from)), V);
+  } else if constexpr (std::is_same_v<V, Floats>) {
+    return widen<lanes<V>>(from);
+  } else {
+    return __builtin_convertvector(widen<lanes<V>>(from), V);
+  }
 }
 
-// Round to nearest, ties to even, on the integer representation; a NaN keeps its sign and stays a NaN. (The processor's own bf16
-// conversion flushes denormals.)
-inline void store(bfloat16* to, Doubles values) {
-  const Floats floats = __builtin_convertvector(values, Floats);
-  const Words bits = std::bit_cast<Words>(floats);
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words nan = (bits >> 16) | 0x40;
-  const Shorts result = __builtin_convertvector(floats == floats ? rounded : nan, Shorts);
+// bfloat16: round to nearest, ties to even, on the integer representation; a NaN stays one. (The processor's own conversion flushes
+// denormals.)
+template <int64_t count>
+void narrow(bfloat16* to, Vector<float, count> values) {
+  using Words = Vector<uint32_t, count>;
+  const Words bits = std::bit_cast<Words>(values);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
+  const auto result = __builtin_convertvector((Words)(values == values ? rounded : nan), Vector<uint16_t, count>);
   std::memcpy(to, &result, sizeof result);
 }
 
-inline void store(float16* to, Doubles values) {
-  const Floats floats = __builtin_convertvector(values, Floats);
+template <int64_t count>
+void narrow(float16* to, Vector<float, count> values) {
+#if defined(__AVX512F__)
+  if constexpr (count == 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)values, 0));
+#endif
 #if defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  if constexpr (count == 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)values, 0));
+  if constexpr (count == 4) _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_cvtps_ph((__m128)values, 0));
 #else
-  for (int64_t i = 0; i < kLanes; ++i) to[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(floats[i]);
+  for (int64_t i = 0; i < count; ++i) to[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(values[i]);
 #endif
 }
 
-// The last `count` < 8 elements, filled up with `pad`: the sums below choose it so that the extra lanes add nothing.
-template <class T>
-Doubles load_tail(const T* from, int64_t count, T pad) {
-  T buffer[kLanes];
-  std::fill(buffer, buffer + kLanes, pad);
-  std::memcpy(buffer, from, count * sizeof(T));
-  return load(buffer);
+// One vector to memory, rounded to T. (From double to a half type by way of float: an error of half an ulp and 2^-13 of one.)
+template <class T, class V>
+void store(T* to, V values) {
+  if constexpr (std::is_same_v<T, Scalar<V>>) {
+    std::memcpy(to, &values, sizeof values);
+  } else if constexpr (std::is_same_v<T, float>) {
+    const auto floats = __builtin_convertvector(values, Vector<float, lanes<V>>);
+    std::memcpy(to, &floats, sizeof floats);
+  } else {
+    narrow<lanes<V>>(to, __builtin_convertvector(values, Vector<float, lanes<V>>));
+  }
 }
 
-template <class T>
-void store_tail(T* to, int64_t count, Doubles values) {
-  T buffer[kLanes];
+// The elements of a run shorter than a vector, in the last lanes; the others are 0.
+template <class V, class T>
+V load_last(const T* from, int64_t count) {
+  T buffer[lanes<V>] = {};
+  std::copy_n(from, count, buffer + lanes<V> - count);
+  return load<V>(buffer);
+}
+
+// The same in the first lanes.
+template <class V, class T>
+V load_part(const T* from, int64_t count) {
+  T buffer[lanes<V>] = {};
+  std::copy_n(from, count, buffer);
+  return load<V>(buffer);
+}
+
+template <class T, class V>
+void store_part(T* to, V values, int64_t count) {
+  T buffer[lanes<V>];
   store(buffer, values);
-  std::memcpy(to, buffer, count * sizeof(T));
+  std::copy_n(buffer, count, to);
 }
 
 template <class T>
 double load_one(const T* from) {
-  return load_tail(from, 1, T{})[0];
+  if constexpr (std::is_arithmetic_v<T>)
+    return *from;
+  else
+    return load_part<Floats>(from, 1)[0];
 }
-inline double load_one(const float* from) { return *from; }
-inline double load_one(const double* from) { return *from; }
 
-inline double sum(Doubles v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+// The lanes from `first` on; the others are 0.
+template <class V>
+V lanes_from(V values, int64_t first) {
+  using Index = Vector<std::conditional_t<sizeof(Scalar<V>) == 4, int32_t, int64_t>, lanes<V>>;
+  Index index;
+  for (int64_t i = 0; i < lanes<V>; ++i) index[i] = i;
+  return index >= static_cast<Scalar<Index>>(first) ? values : V{};
+}
+
+// Sum of the lanes, as a tree.
+template <class V>
+Scalar<V> sum(V values) {
+  Scalar<V> part[lanes<V>];
+  store(part, values);
+  for (int64_t n = lanes<V> / 2; n > 0; n /= 2)
+    for (int64_t i = 0; i < n; ++i) part[i] += part[i + n];
+  return part[0];
+}
+
+// The sum of the two halves of a vector of floats, in double.
+inline Doubles halves(Floats values) {
+  using Half = Vector<float, lanes<Doubles>>;
+  Half low, high;
+  std::memcpy(&low, &values, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&values) + sizeof low, sizeof high);
+  return __builtin_convertvector(low, Doubles) + __builtin_convertvector(high, Doubles);
+}
+inline Doubles halves(Doubles values) { return values; }
 
 }  // namespace equinorm

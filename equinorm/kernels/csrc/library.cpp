@@ -168,10 +168,8 @@ std::vector<double> parameter(const char* op, const char* name, const OptionalTe
   REQUIRE(t->is_cpu() && t->is_contiguous(), name, " must be a contiguous tensor on the CPU");
   REQUIRE(t->numel() == count, name, " must have groups * k = ", count, " elements, got ", t->numel());
   dispatch(op, t->scalar_type(), [&]<class T>(T*) {
-    const T* from = in<T>(*t);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(&values[i], load(from + i));
-    if (i < count) store_tail(&values[i], count - i, load_tail(from + i, count - i, {}));
+    const T* const from = in<T>(*t);
+    for (int64_t i = 0; i < count; ++i) values[i] = load_one(from + i);
   });
   return values;
 }

@@ -1,11 +1,10 @@
 // Kernels that normalize rows: a row's statistic is applied while the row is still in the cache.
 //
 // A row is summed in segments of kSegment elements which are merged in order. One thread takes whole rows; when there are few long
-// rows the segments themselves are shared out, with the same borders and the same order of merging, so with the same bits.
-#include <cmath>
+// rows their pieces are shared out, with the same borders and the same order of merging, so with the same bits.
 #include <vector>
 
-#include "moments.h"
+#include "runs.h"
 
 namespace equinorm {
 namespace {
@@ -14,20 +13,18 @@ constexpr int64_t kParts = 32;  // pieces of the batch over which parameter grad
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether segments rather than rows are shared out. Decides about speed only.
-bool split_rows(int64_t rows, int64_t length) {
-  return length >= 2 * kSegment && threads() > 1 && rows < 4 * threads();
-}
+// Whether pieces rather than rows are shared out. Decides about speed only.
+bool split_rows(int64_t rows, int64_t length) { return length >= 2 * kSegment && threads() > 1 && rows < 4 * threads(); }
 
-// A row as pieces with contiguous parameters (s == 1: pieces of up to kSegment columns) or with one parameter each (s > 1: pieces
-// of one channel).
+// A row as pieces: with parameters per column (s == 1) up to kSegment columns, with parameters per channel (s > 1) up to kSegment
+// elements of one channel.
 struct Pieces {
-  int64_t per_channel, size, stretch, count;
+  int64_t stretch, per_channel, count, size;
   explicit Pieces(const Rows& shape) {
     stretch = shape.s > 1 ? shape.s : shape.k;
     per_channel = divide_up(stretch, kSegment);
-    size = std::min(stretch, kSegment);
     count = (shape.s > 1 ? shape.k : 1) * per_channel;
+    size = std::min(stretch, kSegment);
   }
   int64_t channel(int64_t piece) const { return piece / per_channel; }
   int64_t within(int64_t piece) const { return piece % per_channel * kSegment; }
@@ -35,68 +32,93 @@ struct Pieces {
   int64_t length(int64_t piece) const { return std::min(kSegment, stretch - within(piece)); }
 };
 
-struct Statistic {
-  double mean, squares;
-};
-
-template <class T>
-Statistic segment_statistic(const T* x, int64_t count, bool centered) {
-  if (!centered) return {0, shifted_sums(x, count, 0.0, T{}).second};
-  Statistic result;
-  run_moments(x, count, result.mean, result.squares);
-  return result;
+// Runs measure(row, piece) for all pieces, then merge(row), then finish(row, piece), a row at a time while it is in the cache.
+template <class Measure, class Merge, class Finish>
+void by_rows(int64_t rows, int64_t length, int64_t measured_pieces, int64_t pieces, const Measure& measure, const Merge& merge,
+             const Finish& finish) {
+  const bool split = split_rows(rows, length);
+  const auto each = [&](int64_t count, const auto& work) {
+    parallel(rows * count, length / count, [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u) work(u / count, u % count);
+    });
+  };
+  if (split) {
+    each(measured_pieces, measure);
+    for (int64_t row = 0; row < rows; ++row) merge(row);
+    each(pieces, finish);
+    return;
+  }
+  parallel(rows, length, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t k = 0; k < measured_pieces; ++k) measure(row, k);
+      merge(row);
+      for (int64_t piece = 0; piece < pieces; ++piece) finish(row, piece);
+    }
+  });
 }
 
-void merge_statistic(const double* means, const double* squares, const Rows& shape, double eps, double& mean, double& rstd) {
-  const int64_t segments = divide_up(shape.measured, kSegment);
-  double total;
-  if (shape.centered) {
-    pool(means, squares, segments, 1,
-         [&](int64_t k) { return double(std::min(kSegment, shape.measured - k * kSegment)); }, &mean, &total);
-  } else {
-    mean = 0, total = 0;
-    for (int64_t k = 0; k < segments; ++k) total += squares[k];
+// Parameters per column, in both arithmetics; floats only where all of them are moderate enough.
+struct ColumnParameters {
+  const double* doubles;
+  std::vector<float> floats;
+  ColumnParameters(const double* values, int64_t count, bool cut) : doubles(values) {
+    if (!values || !cut) return;
+    for (int64_t i = 0; i < count; ++i)
+      if (!(std::abs(values[i]) <= kLargest)) return;
+    floats.assign(values, values + count);
   }
-  rstd = 1 / std::sqrt(total / static_cast<double>(shape.measured) + eps);
+  bool fit_floats() const { return !doubles || !floats.empty(); }
+  template <class V>
+  const Scalar<V>* at(int64_t i) const {
+    if constexpr (std::is_same_v<V, Floats>)
+      return floats.data() + i;
+    else
+      return doubles + i;
+  }
+};
+
+// h = (x - mean) * rstd, in V.
+template <class V>
+struct Standard {
+  V center, scale, rest;
+  bool fit;
+  Standard(double mean, double rstd) {
+    Scalar<V> p[3];
+    const double parameters[] = {mean, rstd, 0};
+    if constexpr (std::is_same_v<V, Floats>) {
+      fit = to_floats<AffineMap>(parameters, p);
+    } else {
+      std::copy_n(parameters, 3, p);
+      fit = true;
+    }
+    center = splat<V>(p[0]), scale = splat<V>(p[1]), rest = splat<V>(p[2]);
+  }
+  V operator()(V x) const { return (x - center) * scale + rest; }
+};
+
+// Calls body(i, get, put) for each vector of a run, where get(pointer) and put(pointer, vector) move the elements from i on. Where the
+// run is no multiple of the vector, the last ones are moved on their own: each element is visited once.
+template <class V, class Body>
+void for_vectors(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + lanes<V> <= count; i += lanes<V>)
+    body([i](const auto* p) { return load<V>(p + i); }, [i](auto* p, V v) { store(p + i, v); });
+  if (i < count)
+    body([i, count](const auto* p) { return load_part<V>(p + i, count - i); },
+         [i, count](auto* p, V v) { store_part(p + i, v, count - i); });
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------------------------
 
-// y = (x - mean) * rstd * weight + bias for one piece; weight and bias per column.
-template <bool kParameters, class T>
-void normalize_columns(const T* x, T* y, int64_t count, double mean, double rstd, const double* weight, const double* bias) {
-  const Doubles m = splat(mean), r = splat(rstd);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Doubles h = (load(x + i) - m) * r;
-    store(y + i, kParameters ? h * load(weight + i) + load(bias + i) : h);
-  }
-  if (i < count) {
-    const Doubles h = (load_tail(x + i, count - i, {}) - m) * r;
-    store_tail(y + i, count - i, kParameters ? h * load_tail(weight + i, count - i, 0.0) + load_tail(bias + i, count - i, 0.0) : h);
-  }
-}
-
-// The same with one weight and bias for the whole piece.
-template <class T>
-void normalize_channel(const T* x, T* y, int64_t count, double mean, double rstd, double weight, double bias) {
-  const Doubles m = splat(mean), a = splat(rstd * weight), b = splat(bias);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(y + i, (load(x + i) - m) * a + b);
-  if (i < count) store_tail(y + i, count - i, (load_tail(x + i, count - i, {}) - m) * a + b);
-}
-
-template <class T>
-void normalize_piece(const T* x, T* y, const double* weight, const double* bias, const Rows& shape, const Pieces& pieces, int64_t row,
-                     int64_t piece, double mean, double rstd) {
-  const int64_t at = row * shape.length() + pieces.begin(piece), count = pieces.length(piece);
-  const int64_t p = row % shape.groups * shape.k + (shape.s > 1 ? pieces.channel(piece) : pieces.within(piece));
-  if (shape.s > 1)
-    normalize_channel(x + at, y + at, count, mean, rstd, weight ? weight[p] : 1, bias ? bias[p] : 0);
-  else if (weight)
-    normalize_columns<true>(x + at, y + at, count, mean, rstd, weight + p, bias + p);
-  else
-    normalize_columns<false, T>(x + at, y + at, count, mean, rstd, nullptr, nullptr);
+// y = h * weight + bias with a weight and a bias for each column.
+template <class V, class T>
+bool normalize_columns(const T* x, T* y, int64_t count, double mean, double rstd, const ColumnParameters& weight,
+                       const ColumnParameters& bias, int64_t p) {
+  const Standard<V> h(mean, rstd);
+  if (!h.fit || !(std::is_same_v<V, Doubles> || (weight.fit_floats() && bias.fit_floats()))) return false;
+  const auto *w = weight.at<V>(p), *b = bias.at<V>(p);
+  for_vectors<V>(count, [&](const auto& get, const auto& put) { put(y, h(get(x)) * get(w) + get(b)); });
+  return true;
 }
 
 }  // namespace
@@ -105,218 +127,234 @@ template <class T>
 void row_forward(const T* x, const double* weight, const double* bias, T* y, double* mean, double* rstd, Rows shape, double eps) {
   const Pieces pieces(shape);
   const int64_t segments = divide_up(shape.measured, kSegment);
-  const auto statistic = [&](int64_t row, int64_t k, double* means, double* squares) {
-    const int64_t at = k * kSegment;
-    const Statistic found = segment_statistic(x + row * shape.length() + at, std::min(kSegment, shape.measured - at), shape.centered);
-    means[k] = found.mean, squares[k] = found.squares;
+  const auto length = [&](int64_t k) { return std::min(kSegment, shape.measured - k * kSegment); };
+  std::vector<double> means(shape.rows * segments), squares(shape.rows * segments);
+  const bool columns = shape.s == 1 && weight;
+  const ColumnParameters w(columns ? weight : nullptr, shape.parameters(), in_float<T>);
+  const ColumnParameters b(columns ? bias : nullptr, shape.parameters(), in_float<T>);
+
+  const auto measure = [&](int64_t row, int64_t k) {
+    const T* const from = x + row * shape.length() + k * kSegment;
+    const int64_t at = row * segments + k;
+    if (shape.centered)
+      run_moments(from, length(k), means[at], squares[at]);
+    else
+      squares[at] = run_squares(from, length(k));
   };
-  if (split_rows(shape.rows, shape.length())) {
-    std::vector<double> means(shape.rows * segments), squares(shape.rows * segments);
-    parallel(shape.rows * segments, kSegment, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u / segments;
-        statistic(row, u % segments, &means[row * segments], &squares[row * segments]);
-      }
-    });
-    for (int64_t row = 0; row < shape.rows; ++row)
-      merge_statistic(&means[row * segments], &squares[row * segments], shape, eps, mean[row], rstd[row]);
-    parallel(shape.rows * pieces.count, pieces.size, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u / pieces.count;
-        normalize_piece(x, y, weight, bias, shape, pieces, row, u % pieces.count, mean[row], rstd[row]);
-      }
-    });
-    return;
-  }
-  parallel(shape.rows, shape.length(), [&](int64_t begin, int64_t end) {
-    std::vector<double> means(segments), squares(segments);
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t k = 0; k < segments; ++k) statistic(row, k, means.data(), squares.data());
-      merge_statistic(means.data(), squares.data(), shape, eps, mean[row], rstd[row]);
-      for (int64_t piece = 0; piece < pieces.count; ++piece)
-        normalize_piece(x, y, weight, bias, shape, pieces, row, piece, mean[row], rstd[row]);
+  const auto merge = [&](int64_t row) {
+    const double *m = &means[row * segments], *q = &squares[row * segments];
+    double total = 0;
+    mean[row] = 0;
+    if (shape.centered)
+      pool(m, q, segments, 1, 1, [&](int64_t k) { return static_cast<double>(length(k)); }, &mean[row], &total);
+    else
+      for (int64_t k = 0; k < segments; ++k) total += q[k];
+    rstd[row] = 1 / std::sqrt(total / static_cast<double>(shape.measured) + eps);
+  };
+  const auto finish = [&](int64_t row, int64_t piece) {
+    const int64_t at = row * shape.length() + pieces.begin(piece), count = pieces.length(piece), first = row % shape.groups * shape.k;
+    if (columns) {
+      const int64_t p = first + pieces.within(piece);
+      if constexpr (in_float<T>)
+        if (normalize_columns<Floats>(x + at, y + at, count, mean[row], rstd[row], w, b, p)) return;
+      normalize_columns<Doubles>(x + at, y + at, count, mean[row], rstd[row], w, b, p);
+      return;
     }
-  });
+    const int64_t p = first + pieces.channel(piece);
+    const double parameters[] = {mean[row], weight ? rstd[row] * weight[p] : rstd[row], bias ? bias[p] : 0};
+    apply_run<AffineMap>(x + at, x + at, y + at, count, parameters);
+  };
+  by_rows(shape.rows, shape.length(), segments, pieces.count, measure, merge, finish);
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------------------
+//
+// With h = (x - mean) * rstd and g = weight * dy,
+//     dx = rstd * (g - (sum(g) + h * sum(g h)) / measured)
+// where the part in brackets flows through the statistic, so it reaches the measured elements only, and without a mean has no sum(g).
 
 namespace {
 
-// Sums of g and g * h over one piece, where g = weight * dy and h = (x - mean) * rstd. kParameters: also adds dy * h and dy to the
-// columns' running sums.
-template <bool kParameters, class T>
-Sums reduce_columns(const T* dy, const T* x, int64_t count, double mean, double rstd, const double* weight, double* dweight,
-                    double* dbias) {
-  const Doubles m = splat(mean), r = splat(rstd);
-  Doubles s{}, q{};
-  const auto step = [&](Doubles d, Doubles h, Doubles w) {
-    const Doubles g = kParameters ? d * w : d;
-    s += g, q += g * h;
+struct Flow {
+  double constant, slope;  // what the statistic sends back: constant + slope * h
+};
+
+Flow flow(const Rows& shape, Sums sums) {
+  return {shape.centered ? sums.first / shape.measured : 0, sums.second / shape.measured};
+}
+
+// Parameters per channel, or none: everything is a map of runs.
+template <class T>
+void backward_channels(const T* dy, const T* x, const double* weight, const double* mean, const double* rstd, T* dx, double* dweight,
+                       double* dbias, const Rows& shape) {
+  const Pieces pieces(shape);
+  const int64_t parameters = shape.parameters(), samples = shape.rows / shape.groups;
+  std::vector<Sums> sums(shape.rows * pieces.count), channels(shape.rows * shape.k);
+  std::vector<Flow> flows(shape.rows);
+  const auto measure = [&](int64_t row, int64_t piece) {
+    const int64_t at = row * shape.length() + pieces.begin(piece);
+    sums[row * pieces.count + piece] = run_reduce(dy + at, x + at, pieces.length(piece), mean[row]);
   };
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Doubles d = load(dy + i), h = (load(x + i) - m) * r;
-    step(d, h, kParameters ? load(weight + i) : d);
-    if constexpr (kParameters) {
-      store(dweight + i, load(dweight + i) + d * h);
-      store(dbias + i, load(dbias + i) + d);
-    }
-  }
-  if (i < count) {
-    const int64_t left = count - i;
-    const Doubles d = load_tail(dy + i, left, {}), h = (load_tail(x + i, left, {}) - m) * r;
-    step(d, h, kParameters ? load_tail(weight + i, left, 0.0) : d);
-    if constexpr (kParameters) {
-      store_tail(dweight + i, left, load_tail(dweight + i, left, 0.0) + d * h);
-      store_tail(dbias + i, left, load_tail(dbias + i, left, 0.0) + d);
-    }
-  }
-  return {sum(s), sum(q)};
-}
-
-// Sums of dy and dy * h over a piece of one channel.
-template <class T>
-Sums reduce_channel(const T* dy, const T* x, int64_t count, double mean, double rstd) {
-  const Doubles m = splat(mean), r = splat(rstd);
-  Doubles s0{}, s1{}, q0{}, q1{};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    const Doubles a = load(dy + i), b = load(dy + i + kLanes);
-    s0 += a, q0 += a * ((load(x + i) - m) * r);
-    s1 += b, q1 += b * ((load(x + i + kLanes) - m) * r);
-  }
-  for (; i < count; i += kLanes) {
-    const int64_t left = std::min(kLanes, count - i);
-    const Doubles a = load_tail(dy + i, left, {});
-    s0 += a, q0 += a * ((load_tail(x + i, left, {}) - m) * r);
-  }
-  return {sum(s0 + s1), sum(q0 + q1)};
-}
-
-// dx = rstd * (weight * dy - (a + h * b)), where the bracket is the part that flows through the statistic: it reaches the measured
-// elements only.
-template <bool kColumns, class T>
-void input_gradient(const T* dy, const T* x, T* dx, int64_t count, double mean, double rstd, const double* weight, double a, double b) {
-  const Doubles m = splat(mean), r = splat(rstd), one = splat(kColumns ? 1 : *weight), va = splat(a), vb = splat(b);
-  const auto result = [&](Doubles d, Doubles x, Doubles w) { return r * (d * w - (va + (x - m) * r * vb)); };
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(dx + i, result(load(dy + i), load(x + i), kColumns ? load(weight + i) : one));
-  if (i < count) {
-    const int64_t left = count - i;
-    const Doubles w = kColumns ? load_tail(weight + i, left, 0.0) : one;
-    store_tail(dx + i, left, result(load_tail(dy + i, left, {}), load_tail(x + i, left, {}), w));
-  }
-}
-
-template <class T>
-struct Backward {
-  const T* dy;
-  const T* x;
-  const double* weight;
-  const double* mean;
-  const double* rstd;
-  T* dx;
-  Rows shape;
-  Pieces pieces;
-
-  bool per_channel() const { return shape.s > 1; }
-
-  // Sums of one piece. dweight, dbias: s == 1: running sums of this part of the batch, of all parameters; s > 1: unused.
-  Sums reduce(int64_t row, int64_t piece, double* dweight, double* dbias) const {
-    const int64_t at = row * shape.length() + pieces.begin(piece), count = pieces.length(piece);
-    if (per_channel()) return reduce_channel(dy + at, x + at, count, mean[row], rstd[row]);
-    const int64_t p = row % shape.groups * shape.k + pieces.within(piece);
-    if (dweight) return reduce_columns<true>(dy + at, x + at, count, mean[row], rstd[row], weight + p, dweight + p, dbias + p);
-    return reduce_columns<false, T>(dy + at, x + at, count, mean[row], rstd[row], nullptr, nullptr, nullptr);
-  }
-
-  // Merges the sums of a row's pieces. s > 1: also hands the channels' sums to the row's slots of dweight and dbias.
-  Sums merge(int64_t row, const Sums* sums, double* dweight, double* dbias) const {
+  const auto merge = [&](int64_t row) {
     Sums total{0, 0};
-    if (!per_channel()) {
-      for (int64_t piece = 0; piece < pieces.count; ++piece) total.first += sums[piece].first, total.second += sums[piece].second;
-      return total;
-    }
-    for (int64_t j = 0; j < shape.k; ++j) {
+    for (int64_t j = 0; j < pieces.count / pieces.per_channel; ++j) {
       Sums channel{0, 0};
       for (int64_t i = 0; i < pieces.per_channel; ++i) {
-        const Sums& part = sums[j * pieces.per_channel + i];
+        const Sums& part = sums[row * pieces.count + j * pieces.per_channel + i];
         channel.first += part.first, channel.second += part.second;
       }
+      channel.second *= rstd[row];
       const double w = weight ? weight[row % shape.groups * shape.k + j] : 1;
       total.first += w * channel.first, total.second += w * channel.second;
-      if (dweight) dweight[row * shape.k + j] = channel.second, dbias[row * shape.k + j] = channel.first;
+      channels[row * shape.k + j] = channel;
     }
-    return total;
-  }
-
-  void finish(int64_t row, int64_t piece, Sums total) const {
-    const double a = shape.centered ? total.first / shape.measured : 0, b = total.second / shape.measured;
-    const int64_t begin = pieces.begin(piece), count = pieces.length(piece);
+    flows[row] = flow(shape, total);
+  };
+  const auto finish = [&](int64_t row, int64_t piece) {
+    const int64_t begin = pieces.begin(piece), count = pieces.length(piece), at = row * shape.length() + begin;
     const int64_t measured = std::clamp<int64_t>(shape.measured - begin, 0, count);
-    const int64_t p = row % shape.groups * shape.k + (per_channel() ? pieces.channel(piece) : pieces.within(piece));
-    gradient(row, begin, measured, p, 0, a, b);
-    if (measured < count) gradient(row, begin + measured, count - measured, p, measured, 0, 0);
-  }
+    const double w = weight ? weight[row % shape.groups * shape.k + pieces.channel(piece)] : 1, r = rstd[row];
+    const double inside[] = {mean[row], r * w, -r * r * flows[row].slope, -r * flows[row].constant}, outside[] = {0, r * w, 0, 0};
+    apply_run<BackwardMap>(x + at, dy + at, dx + at, measured, inside);
+    apply_run<BackwardMap>(x + at + measured, dy + at + measured, dx + at + measured, count - measured, outside);
+  };
+  by_rows(shape.rows, shape.length(), pieces.count, pieces.count, measure, merge, finish);
+  if (!dweight) return;
+  std::fill_n(dweight, parameters, 0.0), std::fill_n(dbias, parameters, 0.0);
+  for (int64_t n = 0; n < samples; ++n)
+    for (int64_t p = 0; p < parameters; ++p) dweight[p] += channels[n * parameters + p].second, dbias[p] += channels[n * parameters + p].first;
+}
 
-  void gradient(int64_t row, int64_t begin, int64_t count, int64_t p, int64_t skipped, double a, double b) const {
-    const int64_t at = row * shape.length() + begin;
-    const double one = 1;
-    if (!per_channel() && weight)
-      input_gradient<true>(dy + at, x + at, dx + at, count, mean[row], rstd[row], weight + p + skipped, a, b);
-    else
-      input_gradient<false>(dy + at, x + at, dx + at, count, mean[row], rstd[row], weight ? weight + p : &one, a, b);
+// Sums of g and g * h over some columns, in V; false if V is not exact enough.
+template <class V, class T>
+bool reduce_columns(const T* dy, const T* x, int64_t count, double mean, double rstd, const ColumnParameters& weight, int64_t p, Sums& out) {
+  const Standard<V> h(mean, rstd);
+  if (!h.fit || !(std::is_same_v<V, Doubles> || weight.fit_floats())) return false;
+  const auto* w = weight.at<V>(p);
+  out = run_sums<V>(count, [&](const auto& get) {
+    const V g = get(dy) * get(w);
+    return std::pair(g, g * h(get(x)));
+  });
+  return std::is_same_v<V, Doubles> || reduction_held(out, count);
+}
+
+// dx of some columns; adds dy * h and dy to their running sums.
+template <class V, class T, class Running>
+void finish_columns(const T* dy, const T* x, T* dx, int64_t count, double mean, double rstd, const ColumnParameters& weight, int64_t p,
+                    Flow flow, Running* dweight, Running* dbias) {
+  const Standard<V> standard(mean, rstd);
+  const V constant = splat<V>(flow.constant), slope = splat<V>(flow.slope), scale = splat<V>(rstd);
+  const auto* w = weight.at<V>(p);
+  for_vectors<V>(count, [&](const auto& get, const auto& put) {
+    const V d = get(dy), h = standard(get(x));
+    put(dx, scale * (d * get(w) - (constant + h * slope)));
+    put(dweight, get(dweight) + d * h);
+    put(dbias, get(dbias) + d);
+  });
+}
+
+// Parameters per column. Their gradients are sums down the rows: over each part of the batch apart, in float for up to kChain samples
+// and then in double, and over the parts in order.
+template <class T>
+void backward_columns(const T* dy, const T* x, const double* weight, const double* mean, const double* rstd, T* dx, double* dweight,
+                      double* dbias, const Rows& shape) {
+  const Pieces pieces(shape);
+  const ColumnParameters w(weight, shape.parameters(), in_float<T>);
+  const int64_t parameters = shape.parameters(), samples = shape.rows / shape.groups;
+  const int64_t height = divide_up(samples, kParts), parts = divide_up(samples, height);
+  std::vector<double> sums_weight(parts * parameters), sums_bias(parts * parameters);
+  std::vector<Sums> sums(shape.rows * pieces.count);
+  std::vector<char> narrow(shape.rows * pieces.count);
+
+  const auto measure = [&](int64_t row, int64_t piece) {
+    const int64_t at = row * shape.length() + pieces.begin(piece), p = row % shape.groups * shape.k + pieces.within(piece);
+    const int64_t slot = row * pieces.count + piece, count = pieces.length(piece);
+    if constexpr (in_float<T>)
+      narrow[slot] = count >= lanes<Floats> && reduce_columns<Floats>(dy + at, x + at, count, mean[row], rstd[row], w, p, sums[slot]);
+    if (!narrow[slot]) reduce_columns<Doubles>(dy + at, x + at, count, mean[row], rstd[row], w, p, sums[slot]);
+  };
+  const auto merge = [&](int64_t row) {
+    Sums total{0, 0};
+    for (int64_t i = 0; i < pieces.count; ++i)
+      total.first += sums[row * pieces.count + i].first, total.second += sums[row * pieces.count + i].second;
+    return flow(shape, total);
+  };
+  // running: float sums for dweight, then for dbias, of the parameters from `origin` on.
+  const auto finish = [&](int64_t row, int64_t piece, Flow sent, float* running_weight, float* running_bias, int64_t origin) {
+    const int64_t part = row / shape.groups / height, first = row % shape.groups * shape.k;
+    const int64_t measured = std::clamp<int64_t>(shape.measured - pieces.begin(piece), 0, pieces.length(piece));
+    const auto stretch = [&](int64_t skip, int64_t count, Flow sent) {
+      const int64_t at = row * shape.length() + pieces.begin(piece) + skip, p = first + pieces.within(piece) + skip;
+      if constexpr (in_float<T>)
+        if (narrow[row * pieces.count + piece] && std::abs(sent.constant) <= kLargest && std::abs(sent.slope) <= kLargest)
+          return finish_columns<Floats>(dy + at, x + at, dx + at, count, mean[row], rstd[row], w, p, sent, running_weight + p - origin,
+                                        running_bias + p - origin);
+      finish_columns<Doubles>(dy + at, x + at, dx + at, count, mean[row], rstd[row], w, p, sent, &sums_weight[part * parameters + p],
+                              &sums_bias[part * parameters + p]);
+    };
+    stretch(0, measured, sent);
+    stretch(measured, pieces.length(piece) - measured, {0, 0});
+  };
+  const auto hand_over = [&](float* running, double* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] += running[i];
+    std::fill_n(running, count, 0.0f);
+  };
+  const auto last_of_chain = [&](int64_t sample) { return sample % height % kChain == kChain - 1 || sample % height == height - 1 || sample == samples - 1; };
+
+  if (split_rows(shape.rows, shape.length())) {
+    std::vector<Flow> flows(shape.rows);
+    parallel(shape.rows * pieces.count, 2 * pieces.size, [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u) measure(u / pieces.count, u % pieces.count);
+    });
+    for (int64_t row = 0; row < shape.rows; ++row) flows[row] = merge(row);
+    // One unit is one piece of one group in all samples of a part.
+    const int64_t strips = shape.groups * pieces.count;
+    parallel(parts * strips, 2 * height * pieces.size, [&](int64_t begin, int64_t end) {
+      std::vector<float> running_weight(pieces.size), running_bias(pieces.size);
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t part = u / strips, group = u % strips / pieces.count, piece = u % pieces.count;
+        const int64_t p = group * shape.k + pieces.within(piece), count = pieces.length(piece);
+        for (int64_t n = part * height; n < std::min(samples, (part + 1) * height); ++n) {
+          const int64_t row = n * shape.groups + group;
+          finish(row, piece, flows[row], running_weight.data(), running_bias.data(), p);
+          if (!last_of_chain(n)) continue;
+          hand_over(running_weight.data(), &sums_weight[part * parameters + p], count);
+          hand_over(running_bias.data(), &sums_bias[part * parameters + p], count);
+        }
+      }
+    });
+  } else {
+    parallel(parts, 2 * height * parameters, [&](int64_t begin, int64_t end) {
+      std::vector<float> running_weight(parameters), running_bias(parameters);
+      for (int64_t n = begin * height; n < std::min(samples, end * height); ++n) {
+        for (int64_t row = n * shape.groups; row < (n + 1) * shape.groups; ++row) {
+          for (int64_t piece = 0; piece < pieces.count; ++piece) measure(row, piece);
+          const Flow sent = merge(row);
+          for (int64_t piece = 0; piece < pieces.count; ++piece) finish(row, piece, sent, running_weight.data(), running_bias.data(), 0);
+        }
+        if (!last_of_chain(n)) continue;
+        hand_over(running_weight.data(), &sums_weight[n / height * parameters], parameters);
+        hand_over(running_bias.data(), &sums_bias[n / height * parameters], parameters);
+      }
+    });
   }
-};
+  std::fill_n(dweight, parameters, 0.0), std::fill_n(dbias, parameters, 0.0);
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t p = 0; p < parameters; ++p) {
+      dweight[p] += sums_weight[part * parameters + p];
+      dbias[p] += sums_bias[part * parameters + p];
+    }
+}
 
 }  // namespace
 
 template <class T>
 void row_backward(const T* dy, const T* x, const double* weight, const double* mean, const double* rstd, T* dx, double* dweight,
                   double* dbias, Rows shape) {
-  const Backward<T> job{dy, x, weight, mean, rstd, dx, shape, Pieces(shape)};
-  const int64_t pieces = job.pieces.count, samples = shape.rows / shape.groups, parameters = shape.parameters();
-  // Sums for the parameters. s > 1: one slot per sample and channel. s == 1: one slot per part of the batch and parameter.
-  const bool slots = dweight != nullptr, by_part = slots && shape.s == 1;
-  const int64_t height = by_part ? divide_up(samples, kParts) : 1, parts = divide_up(samples, height);
-  std::vector<double> sums_weight(slots ? parts * parameters : 0), sums_bias(slots ? parts * parameters : 0);
-  double* const dw = slots ? sums_weight.data() : nullptr;
-  double* const db = slots ? sums_bias.data() : nullptr;
-  const auto slot = [&](double* base, int64_t row) { return by_part ? base + row / shape.groups / height * parameters : base; };
-
-  if (split_rows(shape.rows, shape.length())) {
-    std::vector<Sums> sums(shape.rows * pieces), totals(shape.rows);
-    const int64_t rows_per_part = by_part ? height * shape.groups : 1, units = divide_up(shape.rows, rows_per_part);
-    parallel(units * pieces, 2 * rows_per_part * job.pieces.size, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t first = u / pieces * rows_per_part, piece = u % pieces;
-        for (int64_t row = first; row < std::min(shape.rows, first + rows_per_part); ++row)
-          sums[row * pieces + piece] = job.reduce(row, piece, slot(dw, row), slot(db, row));
-      }
-    });
-    for (int64_t row = 0; row < shape.rows; ++row) totals[row] = job.merge(row, &sums[row * pieces], dw, db);
-    parallel(shape.rows * pieces, 2 * job.pieces.size, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) job.finish(u / pieces, u % pieces, totals[u / pieces]);
-    });
-  } else {
-    const int64_t rows_per_unit = by_part ? height * shape.groups : 1, units = divide_up(shape.rows, rows_per_unit);
-    parallel(units, 2 * rows_per_unit * shape.length(), [&](int64_t begin, int64_t end) {
-      std::vector<Sums> sums(pieces);
-      for (int64_t row = begin * rows_per_unit; row < std::min(shape.rows, end * rows_per_unit); ++row) {
-        for (int64_t piece = 0; piece < pieces; ++piece) sums[piece] = job.reduce(row, piece, slot(dw, row), slot(db, row));
-        const Sums total = job.merge(row, sums.data(), dw, db);
-        for (int64_t piece = 0; piece < pieces; ++piece) job.finish(row, piece, total);
-      }
-    });
-  }
-  if (!slots) return;
-  std::fill_n(dweight, parameters, 0.0), std::fill_n(dbias, parameters, 0.0);
-  for (int64_t part = 0; part < parts; ++part)
-    for (int64_t j = 0; j < parameters; ++j) {
-      dweight[j] += sums_weight[part * parameters + j];
-      dbias[j] += sums_bias[part * parameters + j];
-    }
+  if (shape.s == 1 && weight)
+    backward_columns(dy, x, weight, mean, rstd, dx, dweight, dbias, shape);
+  else
+    backward_channels(dy, x, weight, mean, rstd, dx, dweight, dbias, shape);
 }
 
 #define EQUINORM_INSTANTIATE(T)                                                                                    \
