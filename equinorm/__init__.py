@@ -13,6 +13,9 @@ from equinorm.norms.instance import InstanceNorm as InstanceNorm
 from equinorm.norms.layer import LayerNorm as LayerNorm
 from equinorm.norms.rms import RMSNorm as RMSNorm
 
+# Statistics in a neighbourhood
+from equinorm.norms.local_response import LocalResponseNorm as LocalResponseNorm
+
 # Learned mixtures
 from equinorm.norms.mode import ModeNorm as ModeNorm
 from equinorm.norms.mode_group import ModeGroupNorm as ModeGroupNorm

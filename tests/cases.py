@@ -43,6 +43,7 @@ class Case:
         derivative: False where the backward is by definition not the derivative of the forward.
         steady: False where a training forward must not be repeated with the same result (the output depends on state that it moved).
         bad: ``name -> (call, exception, pattern)``: calls that must raise, and what the message must say.
+        counted: whether the class is told the number of channels, and so refuses any other.
         ready: brings a fresh module to a state in which evaluation makes sense (data-dependent initialisation), from (module, x).
     """
 
@@ -57,6 +58,7 @@ class Case:
     masked: bool = True
     derivative: bool = True
     steady: bool = True
+    counted: bool = True
     bad: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = field(default_factory=dict)
     ready: Callable[[nn.Module, Tensor], None] | None = None
 
@@ -195,5 +197,53 @@ CASES: tuple[Case, ...] = (
         args=(6,),
         reference=local.global_response,
         options=({"channel_dim": 1}, {"channel_dim": 1, "eps": 0.5}),
+    ),
+    Case(
+        cls=equinorm.LocalResponseNorm,
+        args=(3,),
+        reference=lambda x, p, **kw: local.local_response(x, p, size=3, **kw),
+        options=({"alpha": 1.0, "k": 2.0}, {}, {"alpha": 1.0, "beta": 0.5, "mode": "within"}),
+        counted=False,
+        bad={
+            "size": (lambda: equinorm.LocalResponseNorm(0), ValueError, "LocalResponseNorm: size must be an integer of at least 1, got 0"),
+            "alpha": (lambda: equinorm.LocalResponseNorm(5, alpha=-1.0), ValueError, "LocalResponseNorm: alpha must be .* got -1"),
+            "mode": (lambda: equinorm.LocalResponseNorm(5, mode="in"), ValueError, "LocalResponseNorm: mode must be .* got 'in'"),
+        },
+    ),
+    Case(
+        cls=equinorm.ConditionalInstanceNorm,
+        args=(6,),
+        reference=conditional.conditional_instance,
+        options=({"num_classes": 4}, {"num_classes": 7, "eps": 1e-3}),
+        spatial=(1, 2, 3),
+        extra=classes(4),
+    ),
+    Case(
+        cls=equinorm.ConditionalInstanceNorm,
+        args=(6,),
+        reference=conditional.conditional_instance,
+        options=({"num_classes": 5},),
+        spatial=(1, 2, 3),
+        extra=vector(5),
+        bad={"classes": (lambda: equinorm.ConditionalInstanceNorm(6, 0), ValueError, "ConditionalInstanceNorm: num_classes must be")},
+    ),
+    Case(
+        cls=equinorm.ConditionalBatchNorm,
+        args=(6,),
+        reference=conditional.conditional_batch,
+        options=(
+            {"cond_dim": 5},
+            {"num_classes": 5},  # a blend
+            {"cond_dim": 5, "hidden_dim": 3, "momentum": None, "eps": 1e-3},
+            {"num_classes": 5, "track_running_stats": False},
+        ),
+        extra=vector(5),
+        bad={
+            "neither": (lambda: equinorm.ConditionalBatchNorm(6), ValueError, "ConditionalBatchNorm: give either .* got num_classes=None"),
+            "both": (lambda: equinorm.ConditionalBatchNorm(6, 3, 4), ValueError, "give either .* got num_classes=3 and cond_dim=4"),
+            "mixed": (lambda: equinorm.ConditionalBatchNorm(6, 3, hidden_dim=4), ValueError, "belong to cond_dim"),
+            "init_std": (lambda: equinorm.ConditionalBatchNorm(6, cond_dim=3, init_std=-1.0), ValueError, "init_std must be .* got -1.0"),
+            "momentum": (lambda: equinorm.ConditionalBatchNorm(6, 3, momentum=2.0), ValueError, "ConditionalBatchNorm: momentum"),
+        },
     ),
 )

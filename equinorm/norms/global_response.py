@@ -81,9 +81,6 @@ class GlobalResponseNorm(ChannelNorm):
         reads_writes="2R+1W",
     )
 
-    weight: nn.Parameter
-    bias: nn.Parameter
-
     def __init__(
         self, num_features: int, eps: float = 1e-6, channel_dim: Literal[1, -1] = -1, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -102,8 +99,8 @@ class GlobalResponseNorm(ChannelNorm):
 
     def reset_parameters(self) -> None:
         """Weight 0, bias 0: the identity."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
         check_floating(self, x)

@@ -97,7 +97,7 @@ def test_the_wrong_layout_is_named():
         ValueError, match=r"must have shape \(N, \*spatial, 6\), got \(2, 6, 5, 5\); for \(N, 6, \*spatial\) construct .*=1"
     ):
         equinorm.GlobalResponseNorm(6)(torch.randn(2, 6, 5, 5))
-    with pytest.raises(ValueError, match="channel_dim must be 1 .* or -1 .*, got 2"):
+    with pytest.raises(ValueError, match=r"channel_dim must be 1 .* or -1 .*, got 2"):
         equinorm.GlobalResponseNorm(6, channel_dim=2)
     with pytest.raises(ValueError, match="must have shape"):
         equinorm.GlobalResponseNorm(6)(torch.randn(6))

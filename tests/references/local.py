@@ -5,6 +5,8 @@ The signatures are those of tests/references/norms.py.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from tests.references.norms import everything, padded_as_zero
@@ -24,3 +26,16 @@ def global_response(x, p, *, mask=None, eps=1e-6, **_):
         n = g / (g.sum() / len(g) + eps)
         samples.append(torch.stack([p["weight"][c] * (sample[c] * n[c]) + p["bias"][c] + sample[c] for c in range(len(g))]))
     return padded_as_zero(torch.stack(samples), mask), {}
+
+
+def local_response(x, p, *, mask=None, size, alpha=1e-4, beta=0.75, k=1.0, mode="across", **_):
+    """One value at a time: sum the squares of those neighbours that exist, divide by the size of the whole window."""
+    mask = everything(x) if mask is None else mask
+    x = padded_as_zero(x, mask)
+    before, after = size // 2, (size - 1) // 2
+    dims = (1,) if mode == "across" else tuple(range(2, x.ndim))
+    values = []
+    for index in itertools.product(*(range(length) for length in x.shape)):
+        window = x[tuple(slice(max(0, i - before), i + after + 1) if dim in dims else slice(i, i + 1) for dim, i in enumerate(index))]
+        values.append(x[index] / (k + alpha / size ** len(dims) * (window**2).sum()) ** beta)
+    return torch.stack(values).reshape(x.shape), {}
