@@ -5,6 +5,9 @@ from __future__ import annotations
 # Statistics over the batch
 from equinorm.norms.batch import BatchNorm as BatchNorm
 from equinorm.norms.batch_channel import BatchChannelNorm as BatchChannelNorm
+from equinorm.norms.sync_batch import SyncBatchNorm as SyncBatchNorm
+from equinorm.norms.sync_batch import convert_sync_batchnorm as convert_sync_batchnorm
+from equinorm.norms.sync_batch import revert_sync_batchnorm as revert_sync_batchnorm
 
 # Statistics within a sample
 from equinorm.norms.global_response import GlobalResponseNorm as GlobalResponseNorm

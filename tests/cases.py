@@ -92,6 +92,12 @@ CASES: tuple[Case, ...] = (
         options=({}, {"momentum": None, "eps": 1e-3}, {"affine": False}, {"bias": False}, {"track_running_stats": False}),
     ),
     Case(
+        cls=equinorm.SyncBatchNorm,
+        args=(6,),
+        reference=reference.batch,
+        options=({}, {"momentum": None, "eps": 1e-3}, {"affine": False}, {"bias": False}, {"track_running_stats": False}),
+    ),
+    Case(
         cls=equinorm.InstanceNorm,
         args=(6,),
         reference=reference.instance,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     Group = ProcessGroup | Literal["world"] | None
 
-BLOCK = 1056  # numbers in the first message of an exchange: 8 KiB in float64, one collective for up to 526 channels
+BLOCK = 1056  # numbers in the first message of an exchange: 8 KiB in float64, one collective for up to 525 channels
+HEADER = ("refused inputs", "channels", "sets", "gradient")  # what an exchange says of itself: the same on all ranks, or an error on all
 LEAST = 1e-30  # divisor in place of a sum of weights that is 0; its inverse times any activation is finite in every type
 
 
@@ -37,15 +38,45 @@ def gather(x: Moments, group: Group) -> Moments:
     Raises:
         RuntimeError: on every process, when they hold different numbers of channels or sets, or when only some of them need a gradient.
     """
-    if group is None or not (dist.is_available() and dist.is_initialized()):
-        return x
-    process_group = dist.group.WORLD if group == "world" else group
-    if dist.get_world_size(process_group) == 1:
+    process_group = partners(group)
+    if process_group is None:
         return x
     count = torch.as_tensor(x.count, dtype=x.mean.dtype, device=x.mean.device).reshape(-1, 1)  # (1 | K, 1)
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x.mean, x.var, count))
     mean, var, total = _Gather.apply(x.mean, x.var, count, gradient, process_group)
     return type(x)(mean, var, total)
+
+
+def partners(group: Group) -> ProcessGroup | None:
+    """The process group that ``group`` stands for, or None where there is nobody else in it: nothing is sent then."""
+    if group is None or not (dist.is_available() and dist.is_initialized()):
+        return None
+    process_group = dist.group.WORLD if group == "world" else group
+    return process_group if dist.get_world_size(process_group) > 1 else None
+
+
+@contextmanager
+def refusing_together(group: Group, device: torch.device) -> Iterator[None]:
+    """Within this context an error is reported to the other processes, which raise too instead of waiting for this one.
+
+    For checks that come right before an exchange, and for nothing else: what the others receive takes the place of that exchange.
+
+    Args:
+        group: with whom the exchange would be.
+        device: where its tensors would be.
+    """
+    try:
+        yield
+    except Exception:
+        if (process_group := partners(group)) is not None:
+            with suppress(RuntimeError):  # this process has its own error to raise
+                _exchange((1, 0, 0, 0), torch.empty(0, dtype=torch.float64, device=device), process_group)
+        raise
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: reading a value of ``x`` would end it."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 _memory = threading.local()
@@ -79,8 +110,8 @@ def _remember(name: str, exchanges: list[Tensor]) -> Iterator[None]:
         setattr(_memory, name, before)
 
 
-def _exchange(header: dict[str, int], message: Tensor, group: ProcessGroup) -> Tensor:
-    """The messages of all ranks, stacked: (R, length). What ``header`` says must be the same on all of them.
+def _exchange(header: tuple[int, int, int, int], message: Tensor, group: ProcessGroup) -> Tensor:
+    """The messages of all ranks, stacked: (R, length). The header (:data:`HEADER`) must be the same on all of them.
 
     Messages of different lengths end in a hang, in garbage or in the death of a process, depending on the backend. So the first message has
     a fixed length and carries the header; what does not fit follows in a second one, once all have seen that the others agree.
@@ -88,9 +119,9 @@ def _exchange(header: dict[str, int], message: Tensor, group: ProcessGroup) -> T
     if (recalled := getattr(_memory, "recalled", None)) is not None:
         return recalled.pop(0)
     front = BLOCK - len(header)
-    block = torch.cat((message.new_tensor(list(header.values())), message[:front], message.new_zeros(max(front - message.numel(), 0))))
+    block = torch.cat((message.new_tensor(header), message[:front], message.new_zeros(max(front - message.numel(), 0))))
     ranks = _all_gather(block, group)
-    _check(header, ranks[:, : len(header)])
+    _check(ranks[:, : len(header)])
     ranks = ranks[:, len(header) : len(header) + message.numel()]
     if message.numel() > front:
         ranks = torch.cat((ranks, _all_gather(message[front:].contiguous(), group)), 1)
@@ -105,17 +136,17 @@ def _all_gather(message: Tensor, group: ProcessGroup) -> Tensor:
     return torch.stack(gathered)
 
 
-def _check(header: dict[str, int], ranks: Tensor) -> None:
-    """Raises RuntimeError, on every rank alike, unless the headers of all ``ranks`` (R, len(header)) are equal."""
-    if ranks.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # reading a value would end the capture; the warm-up before it has checked
-    columns = zip(header, ranks.T.long().tolist(), strict=True)
-    if different := "; ".join(f"{name} {values} on ranks 0 to {len(values) - 1}" for name, values in columns if len(set(values)) > 1):
-        raise RuntimeError(
-            "synchronised statistics: all processes of a group must normalize the same layer at the same time, "
-            f"but this call has {different}. Build the same model on every process, let no process skip or reorder a norm "
-            "(one without data passes an empty batch), and let the input need a gradient on all of them or on none"
-        )
+def _check(headers: Tensor) -> None:
+    """Raises RuntimeError, on every rank alike, unless all rows of ``headers`` (R, 4) are equal."""
+    if capturing(headers):
+        return  # the warm-up before a capture has checked
+    for name, values in zip(HEADER, headers.T.long().tolist(), strict=True):
+        if len(set(values)) > 1:
+            raise RuntimeError(
+                "synchronised statistics: all processes of a group must normalize the same layer at the same time, but this call has "
+                f"{name} {values} on ranks 0 to {len(values) - 1}. Build the same model on every process, let no process skip or reorder "
+                "a norm (one without data passes an empty batch), and let the input need a gradient on all of them or on none"
+            )
 
 
 class _Gather(torch.autograd.Function):
@@ -129,8 +160,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, count: Tensor, gradient: bool, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
         rows, channels = mean.shape
-        header = {"channels": channels, "sets": rows, "gradient": int(gradient)}
-        ranks = _exchange(header, torch.cat((count.reshape(-1), mean.reshape(-1), var.reshape(-1))), group)  # (R, K + 2KC)
+        ranks = _exchange(
+            (0, channels, rows, gradient), torch.cat((count.reshape(-1), mean.reshape(-1), var.reshape(-1))), group
+        )  # (R, K + 2KC)
         counts, means, variances = ranks.split((rows, rows * channels, rows * channels), 1)
         counts, means, variances = counts.reshape(-1, rows, 1), means.reshape(-1, rows, channels), variances.reshape(-1, rows, channels)
         total = counts.sum(0)  # (K, 1)
