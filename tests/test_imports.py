@@ -34,7 +34,7 @@ MAY_IMPORT |= {
     "surgery": _METHODS | {"catalogue", "equinorm"},
     "compare": _METHODS | {"catalogue", "surgery", "init", "equinorm"},
 }
-MAY_IMPORT |= {"recipes": set(MAY_IMPORT) | {"equinorm"}, "cli": set(MAY_IMPORT) | {"recipes", "equinorm"}}
+MAY_IMPORT |= {"recipes": set(MAY_IMPORT) | {"equinorm"}, "cli": set(MAY_IMPORT) | {"recipes", "equinorm"}, "__main__": {"cli"}}
 
 # The parts that a model imports; they load torch and nothing else from outside.
 LIGHT = ["facts", "kernels", "core", "norms", "conditional", "residual", "weight", "init", "catalogue"]
