@@ -27,6 +27,8 @@ from equinorm.norms.switch import SwitchNorm as SwitchNorm
 # An affine map from a condition
 from equinorm.conditional.adaptive_instance import AdaptiveInstanceNorm as AdaptiveInstanceNorm
 from equinorm.conditional.adaptive_instance import adaptive_instance_norm as adaptive_instance_norm
+from equinorm.conditional.conditional_batch import ConditionalBatchNorm as ConditionalBatchNorm
+from equinorm.conditional.conditional_instance import ConditionalInstanceNorm as ConditionalInstanceNorm
 
 # Weights: parametrizations (functions that take a layer and return it) and layers that carry one
 from equinorm.weight.cosine import CosineLinear as CosineLinear  # isort: split

@@ -79,6 +79,11 @@ def vector(width: int) -> Callable[..., tuple[Tensor]]:
     )
 
 
+def classes(count: int) -> Callable[..., tuple[Tensor]]:
+    """Class numbers (N,) that depend on the sample alone."""
+    return lambda x, generator: ((x.detach().flatten(1)[:, :3].sum(1) * 7).long() % count,)
+
+
 def style(x: Tensor, generator: torch.Generator) -> tuple[Tensor]:
     """A second feature map, of another size than x."""
     return (torch.cat([x.detach().cos()] * 2, -1)[..., 1:] * 2 + 3,)

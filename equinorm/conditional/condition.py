@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,8 +15,16 @@ class Projection(nn.Linear):
     """A linear map of a condition, computed in float32 at least, inside autocast too.
 
     Its outputs are scales and shifts of whole channels: rounded to a half type, they would be coarser than what they are applied to (beside
-    1, bfloat16 does not see a scale of 1e-3), and the map is small.
+    1, bfloat16 does not see a scale of 1e-3), and the map is small. Its owner initializes it.
     """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None)
 
     def forward(self, condition: Tensor) -> Tensor:
         with torch.autocast(condition.device.type, enabled=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.references.norms import everything, moments, padded_as_zero
+from tests.references.norms import batch, everything, moments, padded_as_zero
 
 
 def deviation(values, eps, unbiased):
@@ -38,3 +38,50 @@ def adaptive_instance(x, p, style, *, mask=None, cond_dim=None, eps=1e-5, unbias
             mu, std = deviation(x[i, j][mask[i]], eps, unbiased)
             rows.append(target_std * (x[i, j] - mu) / std + target_mean)
     return padded_as_zero(torch.stack(rows).reshape(x.shape), mask), {}
+
+
+def row(table, choice, i):
+    """What sample i chooses of the table (K, C): one row by its number, or a blend by its shares."""
+    if not choice.is_floating_point():
+        return table[int(choice[i])]
+    shares = choice if choice.ndim == 1 else choice[i if choice.shape[0] > 1 else 0]
+    return sum(shares[k] * table[k] for k in range(table.shape[0]))
+
+
+def conditional_instance(x, p, y, *, mask=None, eps=1e-5, **_):
+    mask = everything(x) if mask is None else mask
+    n, c = x.shape[:2]
+    rows = []
+    for i in range(n):
+        gamma, beta = row(p["weight"], y, i), row(p["bias"], y, i)
+        for j in range(c):
+            mu, var = moments(x[i, j][mask[i]])
+            rows.append(gamma[j] * (x[i, j] - mu) / torch.sqrt(var + eps) + beta[j])
+    return padded_as_zero(torch.stack(rows).reshape(x.shape), mask), {}
+
+
+def conditional_batch(x, p, condition, *, training, mask=None, cond_dim=None, eps=1e-5, momentum=0.1, track_running_stats=True, **_):
+    normalized, updates = batch(
+        x,
+        {k: v for k, v in p.items() if "running" in k or "tracked" in k},
+        training=training,
+        mask=mask,
+        eps=eps,
+        momentum=momentum,
+        track_running_stats=track_running_stats,
+    )
+    samples = []
+    for i in range(x.shape[0]):
+        if cond_dim is None:
+            gamma, beta = row(p["weight"], condition, i), row(p["bias"], condition, i)
+        else:
+            e = condition[i if condition.shape[0] > 1 else 0]
+            hidden = [linear(e, p, f"delta_{name}.hidden") for name in ("weight", "bias")]
+            gamma, beta = (
+                p[name] + linear(torch.where(h > 0, h, 0 * h), p, f"delta_{name}.out")
+                for h, name in zip(hidden, ("weight", "bias"), strict=True)
+            )
+        spread = (-1, *[1] * (x.ndim - 2))
+        samples.append(gamma.reshape(spread) * normalized[i] + beta.reshape(spread))
+    y = torch.stack(samples)
+    return (y if mask is None else padded_as_zero(y, mask)), updates
