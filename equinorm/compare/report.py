@@ -1,0 +1,116 @@
+"""One HTML file that shows a comparison, or several: no network, no scripts, light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from equinorm.compare import charts
+from equinorm.compare.environment import versions
+from equinorm.compare.findings import bounds, findings, interval_statement, label, number
+from equinorm.compare.outcomes import FAILURES, Failed
+from equinorm.compare.results import Comparison, Row, at_edge
+
+
+def write_report(comparisons: Sequence[Comparison], path: Path) -> Path:
+    """Write the report of one or more comparisons.
+
+    Args:
+        comparisons: shown one after the other.
+        path: of the HTML file.
+
+    Returns:
+        The path.
+    """
+    environment = Environment(
+        loader=PackageLoader("equinorm.compare", "."),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(label=label, number=number)
+    template = environment.get_template("report.html.j2")
+    sections = [_section(comparison, f"c{index}") for index, comparison in enumerate(comparisons)]
+    html = template.render(sections=sections, written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), versions=versions())
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _section(comparison: Comparison, name: str) -> dict[str, Any]:
+    plan = comparison.plan
+    sizes = sorted(plan.batch_sizes)
+    has_memory = any(row.peak_memory is not None for row in comparison.rows)
+    return {
+        "name": name,
+        "plan": plan,
+        "sizes": sizes,
+        "comparison": comparison,
+        "metric": label(comparison.metric_key),
+        "curve": label(charts.curve_key(comparison)),
+        "direction": "higher is better" if comparison.higher_is_better else "lower is better",
+        "styles": charts.styles(plan.norms),
+        "findings": findings(comparison),
+        "intervals": interval_statement(comparison),
+        "main": charts.by_batch_size(comparison, f"{name}-main"),
+        "main_narrow": charts.by_batch_size(comparison, f"{name}-narrow", narrow=True),
+        "curves": {size: charts.learning_curves(comparison, f"{name}-curve{size}", size) for size in sizes},
+        "time": charts.step_time(comparison, f"{name}-time"),
+        "memory": charts.memory(comparison, f"{name}-memory") if has_memory else None,
+        "steps": charts.measures_steps(comparison),
+        "rows": {norm: [_cell(comparison.row(norm, size), len(plan.seeds)) for size in sizes] for norm in plan.norms},
+        "costs": {norm: [_cost(comparison.row(norm, size), charts.measures_steps(comparison)) for size in sizes] for norm in plan.norms},
+        "rates": {norm: [_rate(comparison, norm, size) for size in sizes] for norm in plan.norms} if len(plan.learning_rates) > 1 else None,
+        "failures": _grouped_failures(comparison),
+        "plan_json": json.dumps(plan.to_json(), indent=2),
+    }
+
+
+def _cell(row: Row, seeds: int) -> dict[str, str]:
+    if row.interval is None:
+        kinds = sorted({outcome.kind for outcome in row.cells.values() if isinstance(outcome, Failed)})
+        return {"value": ", ".join(kinds) or "not finished", "interval": "", "note": ""}
+    return {
+        "value": number(row.interval.median),
+        "interval": bounds(row.interval) if row.interval.count > 1 else "",
+        "note": "" if row.interval.count == seeds else f"{row.interval.count} of {seeds} seeds",
+    }
+
+
+def _cost(row: Row, steps: bool) -> dict[str, str]:
+    seconds = row.seconds_per_step if steps else row.seconds_per_epoch
+    return {
+        "time": "" if seconds is None else f"{seconds * (1000 if steps else 1):.3g}",
+        "memory": "" if row.peak_memory is None else f"{row.peak_memory / 2**20:.3g}",
+    }
+
+
+def _rate(comparison: Comparison, norm: str, size: int) -> str:
+    row = comparison.row(norm, size)
+    if row.lr is None or row.interval is None:
+        return ""
+    return f"{row.lr:g}" + ("*" if at_edge(row.lr, comparison.plan.learning_rates) else "")
+
+
+def _grouped_failures(comparison: Comparison) -> list[dict[str, Any]]:
+    """Cells that failed for the same reason, together."""
+    groups: dict[tuple[str, str, str], list[tuple[Any, Failed]]] = defaultdict(list)
+    for cell, failed in comparison.failures.items():
+        groups[cell.norm, failed.kind, failed.reason].append((cell, failed))
+    return [
+        {
+            "norm": norm,
+            "kind": kind,
+            "meaning": FAILURES[members[0][1].kind],
+            "reason": reason,
+            "cells": [cell.key.removeprefix(f"{norm} ") for cell, _ in members],
+            "details": members[0][1].details,
+        }
+        for (norm, kind, reason), members in groups.items()
+    ]
