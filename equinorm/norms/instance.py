@@ -45,6 +45,7 @@ class InstanceNorm(RunningMoments, _InstanceNorm):
         momentum: weight of the new value in the running estimates; None for the plain average over all batches.
         affine: learn ``weight`` (1) and ``bias`` (0), both (C,). Off by default, as in torch.
         track_running_stats: keep running estimates and use them in evaluation.
+        bias: False leaves out the bias.
         device, dtype: of the parameters.
 
     Shape:
@@ -90,6 +91,8 @@ class InstanceNorm(RunningMoments, _InstanceNorm):
         track_running_stats: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         nn.Module.__init__(self)
         check_count(self, num_features=num_features)
@@ -97,8 +100,8 @@ class InstanceNorm(RunningMoments, _InstanceNorm):
         check_momentum(self, momentum)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
-        for name in ("weight", "bias"):
-            self.register_parameter(name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None)
+        for name, wanted in (("weight", affine), ("bias", affine and bias)):
+            self.register_parameter(name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None)
         self.register_running((num_features,), track=track_running_stats, device=device, dtype=dtype)
         self.reset_parameters()
 
