@@ -17,24 +17,83 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class RunningMoments(nn.Module):
+class RunningState(nn.Module):
+    """Buffers that training moves: kept wide in a half-precision module, at rest when frozen, read as they were before a step.
+
+    Attributes:
+        frozen: True makes training behave like evaluation: the state is used and not changed. Survives ``train()``.
+        kept_wide: names of the buffers that stay float32 in a half-precision module (a bfloat16 average stops moving when the step falls
+            under half an ulp); they are float64 in a float64 module.
+    """
+
+    frozen: bool = False
+    kept_wide: tuple[str, ...] = ()
+    _read: tuple[Tensor, ...] = ()
+
+    def register_state(self, name: str, shape: tuple[int, ...], *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        """Create an uninitialized buffer of ``dtype``, float32 in place of half types; ``name`` belongs into ``kept_wide``."""
+        wide = torch.float32 if (dtype or torch.get_default_dtype()) in HALF else dtype
+        self.register_buffer(name, torch.empty(shape, device=device, dtype=wide))
+
+    @property
+    def learning(self) -> bool:
+        """Whether the next forward measures the batch and moves the state."""
+        return self.training and not self.frozen
+
+    def before_step(self, *names: str) -> tuple[Tensor, ...]:
+        """Copies of buffers as a training step must read them, floating ones in the type of small statistics.
+
+        A forward that activation checkpointing repeats gets the copies of its first run, so that it computes the same again. One run is
+        remembered: a module that is used several times within one checkpointed forward repeats only its last use exactly.
+        """
+        if recomputing() and self._read:
+            return self._read
+        state = tuple(self._buffers[name] for name in names)
+        read = tuple(b.to(small_dtype(b) if b.is_floating_point() else b.dtype, copy=True) for b in state if b is not None)
+        if not torch.compiler.is_compiling():
+            self._read = read
+        return read
+
+    @torch.no_grad()
+    def move(self, name: str, value: Tensor, where: Tensor | None = None) -> None:
+        """Give a buffer new values, except where they are not finite: one bad batch must not spoil the model for good.
+
+        Args:
+            name: the buffer.
+            value: its shape, up to dimensions of size 1.
+            where: boolean, broadcastable to the buffer; where False the old value stays.
+        """
+        buffer = self._buffers[name]
+        assert buffer is not None
+        value = value.reshape(buffer.shape).to(buffer.dtype)
+        sound = value.isfinite() if where is None else value.isfinite() & where
+        buffer.copy_(torch.where(sound, value, buffer))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: buffer for name in self.kept_wide if (buffer := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype in HALF:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+
+class RunningMoments(RunningState):
     """A running mean and variance as buffers, with torch's names and torch's sense of ``momentum`` (the weight of the new value).
 
-    Buffers: ``running_mean`` (0) and ``running_var`` (1), float32 even in a half-precision module (a bfloat16 average stops moving when the
-    step falls under half an ulp; float64 in a float64 module), and ``num_batches_tracked`` (int64). All three are None when the module does
-    not track.
+    Buffers: ``running_mean`` (0), ``running_var`` (1), and ``num_batches_tracked`` (int64). All three are None when the module does not
+    track.
 
     Attributes:
         momentum: weight of the new value; None for the plain average over all batches seen.
-        frozen: True makes training behave like evaluation: estimates are used and not changed. Survives ``train()``.
     """
 
     momentum: float | None
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
-    frozen: bool = False
-    kept_wide: tuple[str, ...] = ("running_mean", "running_var")
+    kept_wide = ("running_mean", "running_var")
 
     def register_running(self, shape: tuple[int, ...], *, track: bool = True, device: Any = None, dtype: torch.dtype | None = None) -> None:
         """Create the buffers (or register None for each of them)."""
@@ -49,11 +108,6 @@ class RunningMoments(nn.Module):
             self.running_mean.zero_()
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
-
-    @property
-    def learning(self) -> bool:
-        """Whether the next forward measures the batch and moves the estimates."""
-        return self.training and not self.frozen
 
     def estimate(self) -> Moments:
         """The estimates as moments (1, C) without gradient; a copy, because a later step moves the buffers."""
@@ -96,12 +150,3 @@ class RunningMoments(nn.Module):
             sound = sound & some
         self.running_mean.copy_(torch.where(sound, mean, self.running_mean))
         self.running_var.copy_(torch.where(sound, var, self.running_var))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {name: buffer for name in self.kept_wide if (buffer := self._buffers.get(name)) is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype in HALF:
-                self._buffers[name] = buffer.to(after.device)
-        return self

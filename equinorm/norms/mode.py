@@ -121,9 +121,8 @@ class ModeNorm(RunningMoments, ChannelNorm):
         self.gate_weight = nn.Parameter(torch.empty(num_modes, num_features, device=device, dtype=dtype))
         self.gate_bias = nn.Parameter(torch.empty(num_modes, device=device, dtype=dtype))
         self.register_running((num_modes, num_features), device=device, dtype=dtype)
-        assert self.running_var is not None
         self.running_share: Tensor
-        self.register_buffer("running_share", torch.empty(num_modes, device=device, dtype=self.running_var.dtype))
+        self.register_state("running_share", (num_modes,), device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
