@@ -10,13 +10,17 @@ from equinorm.norms.sync_batch import convert_sync_batchnorm as convert_sync_bat
 from equinorm.norms.sync_batch import revert_sync_batchnorm as revert_sync_batchnorm
 
 # Statistics within a sample
+from equinorm.norms.filter_response import FilterResponseNorm as FilterResponseNorm
+from equinorm.norms.filter_response_tlu import FilterResponseNormTLU as FilterResponseNormTLU
 from equinorm.norms.global_response import GlobalResponseNorm as GlobalResponseNorm
 from equinorm.norms.group import GroupNorm as GroupNorm
 from equinorm.norms.instance import InstanceNorm as InstanceNorm
 from equinorm.norms.layer import LayerNorm as LayerNorm
 from equinorm.norms.rms import RMSNorm as RMSNorm
+from equinorm.norms.thresholded_linear import TLU as TLU
 
 # Statistics in a neighbourhood
+from equinorm.norms.generalized_divisive import GeneralizedDivisiveNorm as GeneralizedDivisiveNorm
 from equinorm.norms.local_response import LocalResponseNorm as LocalResponseNorm
 
 # Learned mixtures
@@ -25,18 +29,42 @@ from equinorm.norms.mode_group import ModeGroupNorm as ModeGroupNorm
 from equinorm.norms.switch import SwitchNorm as SwitchNorm
 
 # An affine map from a condition
+from equinorm.conditional.ada_layer import AdaLayerNorm as AdaLayerNorm
+from equinorm.conditional.ada_layer_zero import AdaLayerNormZero as AdaLayerNormZero
 from equinorm.conditional.adaptive_instance import AdaptiveInstanceNorm as AdaptiveInstanceNorm
 from equinorm.conditional.adaptive_instance import adaptive_instance_norm as adaptive_instance_norm
 from equinorm.conditional.conditional_batch import ConditionalBatchNorm as ConditionalBatchNorm
 from equinorm.conditional.conditional_instance import ConditionalInstanceNorm as ConditionalInstanceNorm
+from equinorm.conditional.film import FiLM as FiLM
 
 # Weights: parametrizations (functions that take a layer and return it) and layers that carry one
+from equinorm.weight.centered import centered_weight_norm as centered_weight_norm
 from equinorm.weight.cosine import CosineLinear as CosineLinear  # isort: split
 from equinorm.weight.cosine import CosineConv1d as CosineConv1d
 from equinorm.weight.cosine import CosineConv2d as CosineConv2d
 from equinorm.weight.cosine import CosineConv3d as CosineConv3d
 from equinorm.weight.data_dependent import data_dependent_init_ as data_dependent_init_
+from equinorm.weight.equalized import EqualizedConv1d as EqualizedConv1d
+from equinorm.weight.equalized import EqualizedConv2d as EqualizedConv2d
+from equinorm.weight.equalized import EqualizedConv3d as EqualizedConv3d
+from equinorm.weight.equalized import EqualizedLinear as EqualizedLinear
+from equinorm.weight.equalized import equalized_lr as equalized_lr
+from equinorm.weight.forced import MPConv1d as MPConv1d
+from equinorm.weight.forced import MPConv2d as MPConv2d
+from equinorm.weight.forced import MPConv3d as MPConv3d
+from equinorm.weight.forced import MPLinear as MPLinear
+from equinorm.weight.forced import forced_weight_norm as forced_weight_norm
+from equinorm.weight.forced import project_after_step as project_after_step
+from equinorm.weight.forced import project_weights_ as project_weights_
+from equinorm.weight.gains import ScaledActivation as ScaledActivation
+from equinorm.weight.gains import variance_gain as variance_gain
 from equinorm.weight.norm import weight_norm as weight_norm
+from equinorm.weight.orthonormal import bjorck_orthonormal as bjorck_orthonormal
+from equinorm.weight.scaled_standardization import ScaledWSConv1d as ScaledWSConv1d
+from equinorm.weight.scaled_standardization import ScaledWSConv2d as ScaledWSConv2d
+from equinorm.weight.scaled_standardization import ScaledWSConv3d as ScaledWSConv3d
+from equinorm.weight.scaled_standardization import ScaledWSLinear as ScaledWSLinear
+from equinorm.weight.scaled_standardization import scaled_weight_standardization as scaled_weight_standardization
 from equinorm.weight.spectral import spectral_norm as spectral_norm
 from equinorm.weight.stable_rank import stable_rank as stable_rank
 from equinorm.weight.stable_rank import stable_rank_norm as stable_rank_norm

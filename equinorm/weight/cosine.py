@@ -80,7 +80,8 @@ class CosineLinear(nn.Module):
         ValueError: eps not positive, centred with one input, a learnable scale without a value, a wrong input size.
 
     Example:
-        >>> layer = CosineLinear(2, 1)
+        >>> import torch, equinorm
+        >>> layer = equinorm.CosineLinear(2, 1)
         >>> _ = layer.weight.data.copy_(torch.tensor([[4.0, 3.0]]))
         >>> round(layer(torch.tensor([3.0, 4.0])).item(), 4)
         0.96

@@ -46,9 +46,10 @@ def data_dependent_init_(
             not finite; the message names the layer. Layers before it are already set then.
 
     Example:
-        >>> from equinorm import weight_norm
-        >>> model = torch.nn.Sequential(weight_norm(torch.nn.Linear(5, 8)), torch.nn.ReLU(), weight_norm(torch.nn.Linear(8, 3)))
-        >>> data_dependent_init_(model, torch.randn(64, 5))
+        >>> import torch, equinorm
+        >>> first, second = (equinorm.weight_norm(torch.nn.Linear(*sizes)) for sizes in ((5, 8), (8, 3)))
+        >>> model = torch.nn.Sequential(first, torch.nn.ReLU(), second)
+        >>> equinorm.data_dependent_init_(model, torch.randn(64, 5))
         ['0', '2']
         >>> abs(model(torch.randn(1000, 5)).mean().item()) < 1
         True

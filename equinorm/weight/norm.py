@@ -87,7 +87,8 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | Literal["aut
         TypeError: the parameter is not real floating point.
 
     Example:
-        >>> layer = weight_norm(torch.nn.Linear(2, 1))
+        >>> import torch, equinorm
+        >>> layer = equinorm.weight_norm(torch.nn.Linear(2, 1))
         >>> layer.weight = torch.tensor([[3.0, 4.0]])
         >>> layer.parametrizations.weight.original0.item()
         5.0

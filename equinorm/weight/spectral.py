@@ -167,7 +167,8 @@ def spectral_norm(
         TypeError: the parameter is not real floating point.
 
     Example:
-        >>> layer = spectral_norm(torch.nn.Linear(20, 30), n_power_iterations=30)
+        >>> import torch, equinorm
+        >>> layer = equinorm.spectral_norm(torch.nn.Linear(20, 30), n_power_iterations=30)
         >>> for _ in range(10):
         ...     _ = layer(torch.randn(2, 20))
         >>> round(torch.linalg.svdvals(layer.weight)[0].item(), 3)

@@ -21,7 +21,8 @@ def stable_rank(weight: Tensor, dim: int = 0) -> Tensor:
         A scalar; 0 for an all-zero weight.
 
     Example:
-        >>> stable_rank(torch.eye(3)).item()
+        >>> import torch, equinorm
+        >>> equinorm.stable_rank(torch.eye(3)).item()
         3.0
     """
     w = wide(weight).movedim(dim, 0).flatten(1)
@@ -42,7 +43,8 @@ def stable_rank_projection(weight: Tensor, rank: float, preserve: int = 1) -> Te
         ValueError: not a matrix, ``rank`` below 1, or the preserved values alone have a larger stable rank.
 
     Example:
-        >>> stable_rank(stable_rank_projection(torch.diag(torch.tensor([2.0, 2.0, 1.0])), 1.5)).item()
+        >>> import torch, equinorm
+        >>> equinorm.stable_rank(equinorm.stable_rank_projection(torch.diag(torch.tensor([2.0, 2.0, 1.0])), 1.5)).item()
         1.5
 
     Source: Sanyal, Torr and Dokania, 2020, arXiv:1906.04659, Theorem 1, in our own derivation.
@@ -163,8 +165,9 @@ def stable_rank_norm(
         TypeError: the parameter is not real floating point.
 
     Example:
-        >>> layer = stable_rank_norm(torch.nn.Linear(20, 30), rank=3, n_power_iterations=50)
-        >>> round(stable_rank(layer.weight).item(), 2)
+        >>> import torch, equinorm
+        >>> layer = equinorm.stable_rank_norm(torch.nn.Linear(20, 30), rank=3, n_power_iterations=50)
+        >>> round(equinorm.stable_rank(layer.weight).item(), 2)
         3.0
 
     Source: Sanyal, Torr and Dokania, 2020, arXiv:1906.04659. We derived the solution anew (``stable_rank_projection`` has the general

@@ -123,7 +123,8 @@ def weight_standardization(
         TypeError: the parameter is not real floating point.
 
     Example:
-        >>> layer = weight_standardization(torch.nn.Linear(4, 1))
+        >>> import torch, equinorm
+        >>> layer = equinorm.weight_standardization(torch.nn.Linear(4, 1))
         >>> layer.weight = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
         >>> layer.weight.detach()
         tensor([[-1.0690, -0.5345,  0.0000,  1.6036]])

@@ -63,6 +63,11 @@ class Units:
         """Number of weights of one output unit, ``in / groups * prod(kernel)``."""
         return math.prod([n for d, n in enumerate(weight.shape) if d != self.dim]) // self.groups
 
+    def spread(self, values: Tensor, unfolded: Tensor) -> Tensor:
+        """One value per unit, ``(out,)``, in a shape that broadcasts against an unfolded weight."""
+        within = self.within(unfolded)
+        return values.reshape([1 if d in within else n for d, n in enumerate(unfolded.shape)])
+
     def norm(self, unfolded: Tensor) -> Tensor:
         """Euclidean norm of every unit, broadcastable against ``unfolded``."""
         return safe_sqrt(unfolded.square().sum(self.within(unfolded), keepdim=True))

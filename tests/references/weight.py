@@ -86,3 +86,34 @@ def cosine_conv2d(x: Tensor, weight: Tensor, stride: int, dilation: int, groups:
                     ]
                     y.append(cosine(patch.reshape(-1), weight[o].reshape(-1), centered, eps))
     return torch.stack(y).view(n, out, rows, columns)
+
+
+def scaled_standardize(w: Tensor, gain: Tensor | float, gamma: float, eps: float, eps_mode: str) -> Tensor:
+    """Brock, De and Smith 2021, Eq. 3, with the authors' clamp ("clamp") or timm's eps ("inside")."""
+    mean = sum(w) / len(w)
+    var = sum((value - mean) ** 2 for value in w) / len(w)
+    if eps_mode == "clamp":
+        scale = gain * gamma / torch.maximum(var * len(w), torch.tensor(eps, dtype=w.dtype)) ** 0.5
+    else:
+        scale = gain * gamma / (len(w) * (var + eps)) ** 0.5
+    return torch.stack([(value - mean) * scale for value in w])
+
+
+def centered_weight(v: Tensor, scale: Tensor | float, eps: float) -> Tensor:
+    """Huang et al. 2017, Eq. 5."""
+    mean = sum(v) / len(v)
+    length = sum((value - mean) ** 2 for value in v) ** 0.5
+    return torch.stack([scale * (value - mean) / (length + eps) for value in v])
+
+
+def bjorck(w: Tensor, iterations: int) -> Tensor:
+    """Björck and Bowie 1971 at first order: 3/2 W - 1/2 W W^T W, repeated."""
+    for _ in range(iterations):
+        w = 1.5 * w - 0.5 * w @ w.T @ w
+    return w
+
+
+def forced_weight(v: Tensor, gain: float, eps: float) -> Tensor:
+    """Karras et al. 2023, Eq. 47 and 66: unit root mean square, over the root of the fan-in."""
+    rms = (sum(value**2 for value in v) / len(v)) ** 0.5
+    return torch.stack([gain * value / (eps + rms) / len(v) ** 0.5 for value in v])

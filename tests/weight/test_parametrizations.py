@@ -39,6 +39,14 @@ CASES = [
     Case("spectral_norm-coefficient", lambda m: equinorm.spectral_norm(m, coeff=0.5)),
     Case("spectral_norm-per_group", lambda m: equinorm.spectral_norm(m, per_group=True), CONVS),
     Case("spectral_norm-conv", lambda m: equinorm.spectral_norm(m, method="conv", input_shape=(5,) * (m.weight.ndim - 2)), CONVS),
+    Case("scaled_weight_standardization", equinorm.scaled_weight_standardization),
+    Case("scaled_weight_standardization-inside", lambda m: equinorm.scaled_weight_standardization(m, eps_mode="inside", gamma=1.7)),
+    Case("centered_weight_norm", equinorm.centered_weight_norm),
+    Case("centered_weight_norm-learned", lambda m: equinorm.centered_weight_norm(m, learnable_scale=True, eps=0.1)),
+    Case("bjorck_orthonormal", lambda m: equinorm.bjorck_orthonormal(m, n_iter=3)),
+    Case("bjorck_orthonormal-order_3", lambda m: equinorm.bjorck_orthonormal(m, n_iter=2, order=3)),
+    Case("equalized_lr", lambda m: equinorm.equalized_lr(m, lr_multiplier=0.1, gain=1.4)),
+    Case("forced_weight_norm", lambda m: equinorm.forced_weight_norm(m, gain=0.5, eps=0.01)),
     Case("stable_rank_norm", lambda m: equinorm.stable_rank_norm(m, ratio=0.4)),
     Case("stable_rank_norm-unscaled", lambda m: equinorm.stable_rank_norm(m, rank=1.2, preserve=0, spectral=False)),
 ]
@@ -116,7 +124,8 @@ def test_removing_it_bakes_the_weight(case, layer):
     module, x = build(case, layer)
     module.eval()
     expected = module(x)
-    parametrize.remove_parametrizations(module, "weight")
+    for name in list(module.parametrizations):
+        parametrize.remove_parametrizations(module, name)
     assert set(module.state_dict()) == {"weight", "bias"}
     assert_close(module(x), expected.detach())
 
