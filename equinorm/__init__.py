@@ -12,11 +12,14 @@ from equinorm.norms.sync_batch import revert_sync_batchnorm as revert_sync_batch
 # Statistics within a sample
 from equinorm.norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from equinorm.norms.filter_response_tlu import FilterResponseNormTLU as FilterResponseNormTLU
+from equinorm.norms.filter_response import FilterResponseNorm as FilterResponseNorm
+from equinorm.norms.filter_response_tlu import FilterResponseNormTLU as FilterResponseNormTLU
 from equinorm.norms.global_response import GlobalResponseNorm as GlobalResponseNorm
 from equinorm.norms.group import GroupNorm as GroupNorm
 from equinorm.norms.instance import InstanceNorm as InstanceNorm
 from equinorm.norms.layer import LayerNorm as LayerNorm
 from equinorm.norms.rms import RMSNorm as RMSNorm
+from equinorm.norms.thresholded_linear import TLU as TLU
 from equinorm.norms.thresholded_linear import TLU as TLU
 
 # Statistics in a neighbourhood

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import equinorm
+from tests.references import batch_family
 from tests.references import conditional
 from tests.references import mode
 from tests.references import local
@@ -139,6 +140,20 @@ CASES: tuple[Case, ...] = (
         ),
         geometry="row",
         shape=(4, 5, 6),
+    ),
+    Case(
+        cls=equinorm.FilterResponseNorm,
+        args=(6,),
+        reference=batch_family.filter_response,
+        options=({}, {"eps": 1e-3, "affine": False}, {"learnable_eps": True}),
+        bad={"eps_init": (lambda: equinorm.FilterResponseNorm(6, eps_init=0.0), ValueError, "FilterResponseNorm: eps_init must be .* got 0.0")},
+    ),
+    Case(cls=equinorm.TLU, args=(6,), reference=batch_family.thresholded_linear, masked=False),
+    Case(
+        cls=equinorm.FilterResponseNormTLU,
+        args=(6,),
+        reference=batch_family.filter_response_tlu,
+        options=({}, {"eps": 1e-3, "affine": False}, {"learnable_eps": True}),
     ),
     Case(
         cls=equinorm.SwitchNorm,

@@ -89,6 +89,14 @@ def check_batch(module: nn.Module, x: Tensor) -> None:
         )
 
 
+def accept_published_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Reshape entries of ``state_dict`` that published code stores as (1, C, 1, 1), say, for what is one number per channel here."""
+    for name, mine in (*module._parameters.items(), *module._buffers.items()):
+        theirs = state_dict.get(prefix + name)
+        if mine is not None and theirs is not None and theirs.shape != mine.shape and theirs.numel() == mine.numel() == max(theirs.shape):
+            state_dict[prefix + name] = theirs.reshape(mine.shape)
+
+
 class ChannelNorm(nn.Module):
     """Abstract norm over (N, C, *S) with a per-channel weight and bias.
 
@@ -123,11 +131,7 @@ class ChannelNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, mine in (*self._parameters.items(), *self._buffers.items()):
-            theirs = state_dict.get(prefix + name)
-            # Published code often stores (1, C, 1, 1) for what is one number per channel.
-            if mine is not None and theirs is not None and theirs.shape != mine.shape and theirs.squeeze().shape == mine.shape:
-                state_dict[prefix + name] = theirs.reshape(mine.shape)
+        accept_published_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
