@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import equinorm
-from tests.references import batch_family
+from tests.references import batch_family, evonorm
 from tests.references import conditional
 from tests.references import mode
 from tests.references import local
@@ -90,6 +90,14 @@ def style(x: Tensor, generator: torch.Generator) -> tuple[Tensor]:
     return (torch.cat([x.detach().cos()] * 2, -1)[..., 1:] * 2 + 3,)
 
 
+class AdaLayerNormZero(equinorm.AdaLayerNormZero):
+    """With its two outputs, the branch's input and the gate, as the even and odd features of one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, gate = super().forward(*args, **kwargs)
+        return torch.where(torch.arange(y.shape[-1]) % 2 == 0, y, gate)
+
+
 CASES: tuple[Case, ...] = (
     Case(
         cls=equinorm.BatchNorm,
@@ -146,7 +154,13 @@ CASES: tuple[Case, ...] = (
         args=(6,),
         reference=batch_family.filter_response,
         options=({}, {"eps": 1e-3, "affine": False}, {"learnable_eps": True}),
-        bad={"eps_init": (lambda: equinorm.FilterResponseNorm(6, eps_init=0.0), ValueError, "FilterResponseNorm: eps_init must be .* got 0.0")},
+        bad={
+            "eps_init": (
+                lambda: equinorm.FilterResponseNorm(6, eps_init=0.0),
+                ValueError,
+                "FilterResponseNorm: eps_init must be .* got 0.0",
+            )
+        },
     ),
     Case(cls=equinorm.TLU, args=(6,), reference=batch_family.thresholded_linear, masked=False),
     Case(
@@ -237,6 +251,15 @@ CASES: tuple[Case, ...] = (
         },
     ),
     Case(
+        cls=equinorm.GeneralizedDivisiveNorm,
+        args=(6,),
+        reference=local.generalized_divisive,
+        options=({}, {"inverse": True, "beta_min": 1e-2}, {"alpha": 1.0, "epsilon": 1.0}, {"alpha": 1.5, "rectify": True}),
+        masked=False,
+        # Below their bounds the gradient of the parameters is by design not the derivative; test_generalized_divisive.py looks there.
+        ready=lambda module, x: [p.data.abs_().add_(0.1) for p in module.parameters()],
+    ),
+    Case(
         cls=equinorm.ConditionalInstanceNorm,
         args=(6,),
         reference=conditional.conditional_instance,
@@ -270,6 +293,75 @@ CASES: tuple[Case, ...] = (
             "mixed": (lambda: equinorm.ConditionalBatchNorm(6, 3, hidden_dim=4), ValueError, "belong to cond_dim"),
             "init_std": (lambda: equinorm.ConditionalBatchNorm(6, cond_dim=3, init_std=-1.0), ValueError, "init_std must be .* got -1.0"),
             "momentum": (lambda: equinorm.ConditionalBatchNorm(6, 3, momentum=2.0), ValueError, "ConditionalBatchNorm: momentum"),
+        },
+    ),
+    Case(
+        cls=equinorm.FiLM,
+        args=(6, 5),
+        reference=conditional.film,
+        options=({}, {"zero_init": True}),
+        extra=vector(5),
+        masked=False,
+        bad={"cond_dim": (lambda: equinorm.FiLM(6, 0), ValueError, "FiLM: cond_dim must be an integer of at least 1, got 0")},
+    ),
+    Case(
+        cls=equinorm.AdaLayerNorm,
+        args=(6, 4),
+        reference=conditional.ada_layer,
+        options=({}, {"eps": 1e-3}, {"zero_init": False}),
+        geometry="row",
+        shape=(4, 5, 6),
+        extra=vector(4),
+        bad={"dim": (lambda: equinorm.AdaLayerNorm(0, 4), ValueError, "AdaLayerNorm: dim must be")},
+    ),
+    Case(
+        cls=AdaLayerNormZero,
+        args=(6, 4),
+        reference=conditional.ada_layer_zero,
+        options=({}, {"eps": 1e-3}),
+        geometry="row",
+        shape=(4, 5, 6),
+        extra=vector(4),
+        bad={"dim": (lambda: equinorm.AdaLayerNormZero(0, 4), ValueError, "AdaLayerNormZero: dim must be")},
+    ),
+    Case(
+        cls=equinorm.EvoNormB,
+        args=(6,),
+        reference=evonorm.series_b,
+        options=(
+            {},
+            {"variant": "B1", "eps": 1e-3},
+            {"variant": "B2", "affine": False},
+            {"apply_act": False},
+            {"apply_act": False, "keep_norm": True},
+        ),
+        bad={
+            "variant": (lambda: equinorm.EvoNormB(6, "S0"), ValueError, "EvoNormB: variant must be one of B0, B1, B2, got 'S0'"),
+            "keep_norm": (lambda: equinorm.EvoNormB(6, keep_norm=True), ValueError, "EvoNormB: keep_norm says what"),
+            "momentum": (lambda: equinorm.EvoNormB(6, momentum=2.0), ValueError, "EvoNormB: momentum is the weight of the new value"),
+        },
+    ),
+    Case(
+        cls=equinorm.EvoNormS,
+        args=(6,),
+        reference=evonorm.series_s,
+        options=(
+            {"groups": 3},
+            {"groups": 2, "variant": "S1", "eps": 1e-3},
+            {"group_size": 3, "variant": "S2", "affine": False},
+            {"groups": 3, "apply_act": False},
+            {"groups": 3, "apply_act": False, "keep_norm": True, "variant": "S2"},
+        ),
+        bad={
+            "groups": (lambda: equinorm.EvoNormS(6), ValueError, "EvoNormS: groups must divide num_features, got 32 groups for 6 channels"),
+            "group_size": (lambda: equinorm.EvoNormS(6, group_size=4), ValueError, "EvoNormS: group_size must divide num_features, got 4"),
+            "variant": (lambda: equinorm.EvoNormS(6, 3, "B0"), ValueError, "EvoNormS: variant must be one of S0, S1, S2, got 'B0'"),
+            "keep_norm": (lambda: equinorm.EvoNormS(6, 3, keep_norm=True), ValueError, "EvoNormS: keep_norm says what"),
+            "one value": (
+                lambda: equinorm.EvoNormS(6, 6)(torch.zeros(4, 6)),
+                ValueError,
+                "EvoNormS: a group needs more than one value to have a variance",
+            ),
         },
     ),
 )

@@ -85,3 +85,41 @@ def conditional_batch(x, p, condition, *, training, mask=None, cond_dim=None, ep
         samples.append(gamma.reshape(spread) * normalized[i] + beta.reshape(spread))
     y = torch.stack(samples)
     return (y if mask is None else padded_as_zero(y, mask)), updates
+
+
+def film(x, p, condition, **_):
+    c = x.shape[1]
+    samples = []
+    for i in range(x.shape[0]):
+        made = linear(condition[i if condition.shape[0] > 1 else 0], p, "projection")
+        samples.append(torch.stack([(1 + made[j]) * x[i, j] + made[c + j] for j in range(c)]))
+    return torch.stack(samples), {}
+
+
+def ada_layer(x, p, condition, *, mask=None, eps=1e-6, **_):
+    y, _ = _modulated_rows(x, p, condition, mask, eps, 2)
+    return y, {}
+
+
+def ada_layer_zero(x, p, condition, *, mask=None, eps=1e-6, **_):
+    """The two outputs, branch input and gate, as the even and odd features of one, for the table."""
+    y, gate = _modulated_rows(x, p, condition, mask, eps, 3)
+    return torch.where(torch.arange(x.shape[-1]) % 2 == 0, y, gate), {}
+
+
+def _modulated_rows(x, p, condition, mask, eps, chunks):
+    """One row at a time: (N, T, D) with a condition (N, E) or (N, T, E)."""
+    keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand(x.shape)
+    samples, gates = [], []
+    for i in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            c = condition[i] if condition.ndim == 2 else condition[i, t]
+            made = linear(c * torch.sigmoid(c), p, "projection").chunk(chunks)
+            gates.append(made[-1])
+            if not keep[i, t].any():
+                samples.append(0 * x[i, t])
+                continue
+            mu, var = moments(x[i, t][keep[i, t]])
+            row = (x[i, t] - mu) / torch.sqrt(var + eps) * (1 + made[1]) + made[0]
+            samples.append(torch.where(keep[i, t], row, torch.zeros_like(row)))
+    return torch.stack(samples).reshape(x.shape), torch.stack(gates).reshape(x.shape)
