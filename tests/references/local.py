@@ -39,3 +39,32 @@ def local_response(x, p, *, mask=None, size, alpha=1e-4, beta=0.75, k=1.0, mode=
         window = x[tuple(slice(max(0, i - before), i + after + 1) if dim in dims else slice(i, i + 1) for dim, i in enumerate(index))]
         values.append(x[index] / (k + alpha / size ** len(dims) * (window**2).sum()) ** beta)
     return torch.stack(values).reshape(x.shape), {}
+
+
+class Returning(torch.autograd.Function):
+    """max(p, bound); the gradient passes where p is not below the bound, or where it is negative."""
+
+    @staticmethod
+    def forward(ctx, p, bound):
+        ctx.save_for_backward(p, bound)
+        return torch.maximum(p, bound)
+
+    @staticmethod
+    def backward(ctx, grad):
+        p, bound = ctx.saved_tensors
+        return torch.where(torch.logical_or(p >= bound, grad < 0), grad, torch.zeros_like(grad)), None
+
+
+def generalized_divisive(x, p, *, inverse=False, beta_min=1e-6, alpha=2.0, epsilon=0.5, rectify=False, **_):
+    pedestal = 2.0**-36
+
+    def stored(root, least):
+        return Returning.apply(root, torch.tensor((least + pedestal) ** 0.5, dtype=x.dtype)) ** 2 - pedestal
+
+    beta, gamma = stored(p["beta"], beta_min), stored(p["gamma"], 0.0)
+    x = torch.where(x > 0, x, 0.0) if rectify else x
+    channels = []
+    for i in range(x.shape[1]):
+        pool = beta[i] + sum(gamma[i, j] * x[:, j].abs() ** alpha for j in range(x.shape[1]))
+        channels.append(x[:, i] * pool**epsilon if inverse else x[:, i] / pool**epsilon)
+    return torch.stack(channels, 1), {}
