@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # Statistics over the batch
+from equinorm.norms.evonorm_b import EvoNormB as EvoNormB
 from equinorm.norms.batch import BatchNorm as BatchNorm
 from equinorm.norms.batch_channel import BatchChannelNorm as BatchChannelNorm
 from equinorm.norms.sync_batch import SyncBatchNorm as SyncBatchNorm
@@ -10,6 +11,7 @@ from equinorm.norms.sync_batch import convert_sync_batchnorm as convert_sync_bat
 from equinorm.norms.sync_batch import revert_sync_batchnorm as revert_sync_batchnorm
 
 # Statistics within a sample
+from equinorm.norms.evonorm_s import EvoNormS as EvoNormS
 from equinorm.norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from equinorm.norms.filter_response_tlu import FilterResponseNormTLU as FilterResponseNormTLU
 from equinorm.norms.filter_response import FilterResponseNorm as FilterResponseNorm

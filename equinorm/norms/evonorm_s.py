@@ -1,0 +1,159 @@
+"""EvoNorm, sample series: norm and activation in one, without the batch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from equinorm.core.base import ChannelNorm, check_channels, check_count
+from equinorm.core.channel import canonical_mask
+from equinorm.core.measure import measure
+from equinorm.facts import Facts, Paper
+from equinorm.kernels import Impl
+from equinorm.kernels.reference import wide
+
+Variant = Literal["S0", "S1", "S2"]
+
+
+class EvoNormS(ChannelNorm):
+    r"""Swish divided by the deviation of a group of channels: norm and activation in one.
+
+    Formula:
+        s_g = sqrt(var + eps), q_g = sqrt(mean square + eps), over the channels of a group and all positions of one sample, biased;
+        S0: y = x sigmoid(v x) / s_g * weight + bias, v one learned number per channel;
+        S1: y = x sigmoid(x) / s_g * weight + bias;
+        S2: y = x sigmoid(x) / q_g * weight + bias.
+        No mean is subtracted.
+
+    Use it when: batches are small or samples must not see each other, in place of group norm *and* the activation after it.
+    Not when: an activation follows, or inference must fold into a neighbouring layer.
+    Known trouble: ``apply_act=False`` is surprising: the published codes then leave out the norm too and apply only weight and bias.
+        ``keep_norm`` divides by s_g or q_g alone.
+
+    Args:
+        num_features: C.
+        groups: number of groups, must divide C.
+        variant: "S0", "S1" or "S2".
+        eps: added to the variance or mean square inside the root.
+        affine: learn ``weight`` (1) and ``bias`` (0), both (C,).
+        apply_act: False applies weight and bias alone, as the published codes do at places without activation.
+        keep_norm: with ``apply_act=False``, divide by the group's deviation.
+        group_size: channels per group; instead of ``groups``.
+        device, dtype: of the parameters.
+
+    Shape:
+        x: (N, C, *S) to the same shape and dtype. mask: boolean (N, *S) or (N, 1, *S), True where data is; the rest comes out as 0.
+
+    Raises:
+        TypeError: the input is not floating point.
+        ValueError: groups that do not divide C, groups of one value (S0 and S1), unknown variant, ``keep_norm`` together with
+            ``apply_act``, wrong number of channels, a mask of another shape, or settings out of range.
+
+    Example:
+        >>> import torch, equinorm
+        >>> x = torch.tensor([-1.0, 0.0, 1.0, 4.0]).reshape(1, 1, 4)
+        >>> equinorm.EvoNormS(1, groups=1, eps=0.0)(x).detach().flatten()
+        tensor([-0.1438,  0.0000,  0.3908,  2.0996])
+
+    Source: Liu et al. 2020, Table 2; S1 and S2 as in timm. Where 32 groups do not divide C the authors' code takes fewer without a word;
+    here that is an error, and ``equinorm.create`` takes fewer.
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        name="evonorm_s",
+        title="EvoNorm, sample series",
+        paper=Paper(
+            authors="Liu et al.",
+            title="Evolving Normalization-Activation Layers",
+            year=2020,
+            venue="NeurIPS",
+            arxiv="2004.02967",
+            equation="Table 2",
+        ),
+        family="sample",
+        pools="GS",
+        invariances=frozenset({"per-sample"}),
+        one_position="works while a group has more than one channel",
+        reads_writes="2R+1W",
+    )
+
+    v: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        groups: int = 32,
+        variant: Variant = "S0",
+        eps: float = 1e-5,
+        affine: bool = True,
+        apply_act: bool = True,
+        keep_norm: bool = False,
+        group_size: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, affine, device, dtype)
+        check_count(self, groups=groups)
+        if group_size is not None:
+            check_count(self, group_size=group_size)
+            if num_features % group_size:
+                raise ValueError(f"EvoNormS: group_size must divide num_features, got {group_size} for {num_features} channels")
+            groups = num_features // group_size
+        if num_features % groups:
+            raise ValueError(
+                f"EvoNormS: groups must divide num_features, got {groups} groups for {num_features} channels; "
+                "choose a divisor, or group_size"
+            )
+        if variant not in get_args(Variant):
+            raise ValueError(f"EvoNormS: variant must be one of {', '.join(get_args(Variant))}, got {variant!r}; EvoNormB has the others")
+        if keep_norm and apply_act:
+            raise ValueError("EvoNormS: keep_norm says what apply_act=False leaves over; with apply_act=True the norm is always kept")
+        self.groups, self.variant, self.apply_act, self.keep_norm = groups, variant, apply_act, keep_norm
+        wanted = variant == "S0" and apply_act
+        self.register_parameter("v", nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None)
+        self.reset_parameters()
+
+    @classmethod
+    def for_channels(cls, channels: int, *, groups: int = 32, **options: Any) -> Self:
+        """The norm with ``groups`` groups, or the largest smaller number that divides ``channels``."""
+        groups = next(g for g in range(min(groups, channels), 0, -1) if channels % g == 0)
+        return cls(channels, groups, **options)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, v 1."""
+        super().reset_parameters()
+        if self.v is not None:
+            nn.init.ones_(self.v)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
+        check_channels(self, x, self.num_features)
+        mask = None if mask is None else canonical_mask(x, mask)
+        data = wide(x) if mask is None else torch.where(mask, wide(x), 0.0)
+
+        def spread(small: Tensor) -> Tensor:  # (C,) or (N, C) to the dimensions and the type of the data
+            return small.to(data.dtype).reshape(*small.shape, *[1] * (x.ndim - 2))
+
+        y = data
+        if self.v is not None:
+            y = data * (data * spread(self.v)).sigmoid()
+        elif self.apply_act:
+            y = nn.functional.silu(data)
+        if self.apply_act or self.keep_norm:
+            y = y * spread(self._rstd(x, mask, impl))
+        if self.weight is not None and self.bias is not None:
+            y = y * spread(self.weight) + spread(self.bias)
+        return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
+
+    def _rstd(self, x: Tensor, mask: Tensor | None, impl: Impl) -> Tensor:
+        if self.variant != "S2" and x.shape[1:].numel() == self.groups:
+            raise ValueError(
+                f"EvoNormS: a group needs more than one value to have a variance, got shape {tuple(x.shape)} in {self.groups} groups; "
+                'use fewer groups, or variant "S2"'
+            )
+        group = measure(x, mask=mask, impl=impl).over_groups(self.groups)
+        return ((group.var + group.mean.square() if self.variant == "S2" else group.var) + self.eps).rsqrt()  # (N, C)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, groups={self.groups}, variant={self.variant!r}, apply_act={self.apply_act}"
