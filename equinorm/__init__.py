@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # Statistics over the batch
+from equinorm.norms.activation import ActNorm as ActNorm
 from equinorm.norms.evonorm_b import EvoNormB as EvoNormB
 from equinorm.norms.batch import BatchNorm as BatchNorm
 from equinorm.norms.batch_channel import BatchChannelNorm as BatchChannelNorm
@@ -14,14 +15,11 @@ from equinorm.norms.sync_batch import revert_sync_batchnorm as revert_sync_batch
 from equinorm.norms.evonorm_s import EvoNormS as EvoNormS
 from equinorm.norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from equinorm.norms.filter_response_tlu import FilterResponseNormTLU as FilterResponseNormTLU
-from equinorm.norms.filter_response import FilterResponseNorm as FilterResponseNorm
-from equinorm.norms.filter_response_tlu import FilterResponseNormTLU as FilterResponseNormTLU
 from equinorm.norms.global_response import GlobalResponseNorm as GlobalResponseNorm
 from equinorm.norms.group import GroupNorm as GroupNorm
 from equinorm.norms.instance import InstanceNorm as InstanceNorm
 from equinorm.norms.layer import LayerNorm as LayerNorm
 from equinorm.norms.rms import RMSNorm as RMSNorm
-from equinorm.norms.thresholded_linear import TLU as TLU
 from equinorm.norms.thresholded_linear import TLU as TLU
 
 # Statistics in a neighbourhood
@@ -41,6 +39,7 @@ from equinorm.conditional.adaptive_instance import adaptive_instance_norm as ada
 from equinorm.conditional.conditional_batch import ConditionalBatchNorm as ConditionalBatchNorm
 from equinorm.conditional.conditional_instance import ConditionalInstanceNorm as ConditionalInstanceNorm
 from equinorm.conditional.film import FiLM as FiLM
+from equinorm.conditional.spade import SPADE as SPADE
 
 # Weights: parametrizations (functions that take a layer and return it) and layers that carry one
 from equinorm.weight.centered import centered_weight_norm as centered_weight_norm
@@ -63,6 +62,8 @@ from equinorm.weight.forced import project_after_step as project_after_step
 from equinorm.weight.forced import project_weights_ as project_weights_
 from equinorm.weight.gains import ScaledActivation as ScaledActivation
 from equinorm.weight.gains import variance_gain as variance_gain
+from equinorm.weight.modulated import ModulatedConv2d as ModulatedConv2d
+from equinorm.weight.modulated import modulated_conv2d as modulated_conv2d
 from equinorm.weight.norm import weight_norm as weight_norm
 from equinorm.weight.orthonormal import bjorck_orthonormal as bjorck_orthonormal
 from equinorm.weight.scaled_standardization import ScaledWSConv1d as ScaledWSConv1d

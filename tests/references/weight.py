@@ -117,3 +117,34 @@ def forced_weight(v: Tensor, gain: float, eps: float) -> Tensor:
     """Karras et al. 2023, Eq. 47 and 66: unit root mean square, over the root of the fan-in."""
     rms = (sum(value**2 for value in v) / len(v)) ** 0.5
     return torch.stack([gain * value / (eps + rms) / len(v) ** 0.5 for value in v])
+
+
+def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, eps: float) -> Tensor:
+    """Karras et al. 2019, Eq. 1 and 3, one sample, one filter and one pixel at a time; the padding keeps the size."""
+    n, channels, height, width = x.shape
+    out, _, k, _ = weight.shape
+    padded = torch.nn.functional.pad(x, (k // 2,) * 4)
+    y = []
+    for sample in range(n):
+        for o in range(out):
+            w = torch.stack([styles[sample, i] * weight[o, i] for i in range(channels)])
+            if demodulate:
+                w = w / (sum((w[i] ** 2).sum() for i in range(channels)) + eps) ** 0.5
+            y += [(padded[sample, :, r : r + k, c : c + k] * w).sum() for r in range(height) for c in range(width)]
+    return torch.stack(y).view(n, out, height, width)
+
+
+def upfirdn2d(x: Tensor, f: Tensor, up: int = 1, down: int = 1, before: int = 0, after: int = 0) -> Tensor:
+    """Zero insertion, zero padding, true convolution with f, every down-th pixel: one output pixel at a time."""
+    n, channels, height, width = x.shape
+    size = [height * up + before + after, width * up + before + after]
+    canvas = x.new_zeros(n, channels, *size)
+    for r in range(height):
+        for c in range(width):
+            canvas[:, :, before + r * up, before + c * up] = x[:, :, r, c]
+    taps = f.shape[0]
+    y = [
+        [(canvas[:, :, r : r + taps, c : c + taps] * f.flip(0, 1)).sum((2, 3)) for c in range(0, size[1] - taps + 1, down)]
+        for r in range(0, size[0] - taps + 1, down)
+    ]
+    return torch.stack([torch.stack(row, -1) for row in y], -2)
