@@ -40,4 +40,4 @@ def normalize(x: Moments, weight: Tensor | None, bias: Tensor | None, eps: float
     scale = (x.var + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
-    return Affine(x.mean, scale, x.mean.new_zeros(()) if bias is None else bias.to(x.mean.dtype))
+    return Affine(x.mean, scale, x.mean.new_zeros(()) if bias is None else bias)

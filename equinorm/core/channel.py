@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_saved_tensors_default_hooks  # pyright: ignore[reportMissingImports]
+from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
 
 from equinorm.core.affine import Affine
 from equinorm.core.measure import Per, defined, fused
 from equinorm.core.moments import Moments
-from equinorm.core.sync import recalling, remembering
+from equinorm.core.sync import Remembering, recalling
 from equinorm.kernels import Impl, dense, like, pick, reference
 
 Rule = Callable[..., "Affine | tuple[Affine, Moments]"]
@@ -102,7 +103,7 @@ def _measure(kernels: Any, x: Tensor, per: Per | None) -> Moments | None:
 
 def _split(result: Affine | tuple[Affine, Moments]) -> tuple[Affine, Moments | None]:
     affine, seen = (result, None) if isinstance(result, Affine) else result
-    return Affine(*(part if part.ndim == 2 else torch.atleast_2d(part) for part in affine)), seen  # each (N | 1, C | 1)
+    return Affine(*(part if part.ndim == 2 else part.reshape(1, -1) for part in affine)), seen  # each (N | 1, C | 1)
 
 
 def _without_gradient(x: Moments) -> Moments:
@@ -122,8 +123,7 @@ class _Fused(torch.autograd.Function):
         if moments is not None and wanted[0]:
             moments.mean.requires_grad_()
             moments.var.requires_grad_()
-        ctx.exchanges = []
-        with torch.enable_grad(), _unhooked(), remembering(ctx.exchanges):
+        with torch.enable_grad(), _unhooked(), Remembering() as ctx.exchanges:
             affine, seen = _split(rule(moments, *leaves))
         box.append(seen and _without_gradient(seen))
         ctx.save_for_backward(x, *tensors)
@@ -147,14 +147,8 @@ class _Fused(torch.autograd.Function):
         if results:
             finest = "sample" if any(part.shape[0] != 1 for part in affine) else "batch"
             sum_dy, sum_dy_x = kernels.reduce(dy, x, center, finest)
-            of_affine = (-scale * sum_dy, sum_dy_x, sum_dy)  # what center, scale and shift receive
-            received = torch.autograd.grad(
-                [affine[i] for i in results],
-                sources,
-                [_summed(of_affine[i], affine[i].shape) for i in results],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            of_affine = (-scale * sum_dy if 0 in results else sum_dy, sum_dy_x, sum_dy)  # what center, scale and shift receive
+            received = _differentiate([affine[i] for i in results], sources, [_summed(of_affine[i], affine[i].shape) for i in results])
             grads = {id(source): grad for source, grad in zip(sources, received, strict=True)}
         dx = None
         if wanted[0]:
@@ -181,7 +175,17 @@ def _recorded(ctx: Any, x: Tensor, tensors: list[Tensor | None], wanted: tuple[b
 
 def _summed(grad: Tensor, shape: torch.Size) -> Tensor:
     """The gradient of a small tensor that was broadcast to that of ``grad``; 0 from a batch without samples."""
+    if grad.shape == shape:
+        return grad
     return grad.sum_to_size(shape) if grad.numel() else grad.new_zeros(shape)
+
+
+def _differentiate(results: list[Tensor], sources: list[Tensor], grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of the small graph, which stays for a second backward.
+
+    ``torch.autograd.grad`` would do; its checks of shapes known to agree cost as much as the graph itself.
+    """
+    return Variable._execution_engine.run_backward(tuple(results), tuple(grads), True, False, tuple(sources), True, False)
 
 
 def _unhooked() -> Any:

@@ -82,11 +82,16 @@ def capturing(x: Tensor) -> bool:
 _memory = threading.local()
 
 
-@contextmanager
-def remembering(exchanges: list[Tensor]) -> Iterator[None]:
-    """Keep in ``exchanges`` what the ranks send within this context."""
-    with _remember("kept", exchanges):
-        yield
+class Remembering:
+    """A context that keeps what the ranks send, as a list in the order of sending. A class, since it is on the way of every forward."""
+
+    def __enter__(self) -> list[Tensor]:
+        self.before = getattr(_memory, "kept", None)
+        _memory.kept = []
+        return _memory.kept
+
+    def __exit__(self, *_: object) -> None:
+        _memory.kept = self.before
 
 
 @contextmanager
@@ -96,18 +101,12 @@ def recalling(exchanges: list[Tensor]) -> Iterator[None]:
     A rule that is run again for a second derivative would otherwise communicate once more, and hang where another rank has no reason to
     run it again: one with an empty batch, or on the plain path.
     """
-    with _remember("recalled", list(exchanges)):
-        yield
-
-
-@contextmanager
-def _remember(name: str, exchanges: list[Tensor]) -> Iterator[None]:
-    before = getattr(_memory, name, None)
-    setattr(_memory, name, exchanges)
+    before = getattr(_memory, "recalled", None)
+    _memory.recalled = list(exchanges)
     try:
         yield
     finally:
-        setattr(_memory, name, before)
+        _memory.recalled = before
 
 
 def _exchange(header: tuple[int, int, int, int], message: Tensor, group: ProcessGroup) -> Tensor:
