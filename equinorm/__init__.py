@@ -19,6 +19,10 @@ from equinorm.norms.global_response import GlobalResponseNorm as GlobalResponseN
 from equinorm.norms.group import GroupNorm as GroupNorm
 from equinorm.norms.instance import InstanceNorm as InstanceNorm
 from equinorm.norms.layer import LayerNorm as LayerNorm
+from equinorm.norms.pixel import PixelNorm as PixelNorm
+from equinorm.norms.positional import DynamicMomentShortcut as DynamicMomentShortcut
+from equinorm.norms.positional import MomentShortcut as MomentShortcut
+from equinorm.norms.positional import PositionalNorm as PositionalNorm
 from equinorm.norms.rms import RMSNorm as RMSNorm
 from equinorm.norms.thresholded_linear import TLU as TLU
 

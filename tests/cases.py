@@ -260,6 +260,22 @@ CASES: tuple[Case, ...] = (
         ready=lambda module, x: [p.data.abs_().add_(0.1) for p in module.parameters()],
     ),
     Case(
+        cls=equinorm.PixelNorm,
+        args=(),
+        reference=local.pixel,
+        options=({}, {"eps": 0.5}),
+        masked=False,
+        counted=False,
+    ),
+    Case(
+        cls=equinorm.PositionalNorm,
+        args=(),
+        reference=local.positional,
+        options=({"return_moments": False}, {"return_moments": False, "unbiased": True, "eps": 0.5}),
+        masked=False,
+        counted=False,
+    ),
+    Case(
         cls=equinorm.ConditionalInstanceNorm,
         args=(6,),
         reference=conditional.conditional_instance,

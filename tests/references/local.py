@@ -68,3 +68,27 @@ def generalized_divisive(x, p, *, inverse=False, beta_min=1e-6, alpha=2.0, epsil
         pool = beta[i] + sum(gamma[i, j] * x[:, j].abs() ** alpha for j in range(x.shape[1]))
         channels.append(x[:, i] * pool**epsilon if inverse else x[:, i] / pool**epsilon)
     return torch.stack(channels, 1), {}
+
+
+def pixel(x, p, *, eps=1e-8, **_):
+    """One position at a time."""
+    flat = x.reshape(*x.shape[:2], -1)
+    y = torch.stack(
+        [torch.stack([v / torch.sqrt((v**2).sum() / len(v) + eps) for v in sample.unbind(1)], 1) for sample in flat],
+    )
+    return y.reshape(x.shape), {}
+
+
+def positional(x, p, *, eps=1e-5, unbiased=False, return_moments=False, **_):
+    flat = x.reshape(*x.shape[:2], -1)
+    samples = []
+    for sample in flat:
+        columns = []
+        for v in sample.unbind(1):
+            mu = v.sum() / len(v)
+            sigma = torch.sqrt(((v - mu) ** 2).sum() / (len(v) - unbiased) + eps)
+            columns.append(torch.cat(((v - mu) / sigma, mu[None], sigma[None])))
+        samples.append(torch.stack(columns, 1))
+    y, mean, std = torch.stack(samples).split((x.shape[1], 1, 1), 1)
+    y, mean, std = (part.reshape(x.shape[0], -1, *x.shape[2:]) for part in (y, mean, std))
+    return ((y, mean, std) if return_moments else y), {}
