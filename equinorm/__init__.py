@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Statistics over the batch
 from equinorm.norms.activation import ActNorm as ActNorm
+from equinorm.norms.activation import ActNorm as ActNorm
 from equinorm.norms.evonorm_b import EvoNormB as EvoNormB
 from equinorm.norms.batch import BatchNorm as BatchNorm
 from equinorm.norms.batch_channel import BatchChannelNorm as BatchChannelNorm

@@ -112,6 +112,17 @@ CASES: tuple[Case, ...] = (
         options=({}, {"momentum": None, "eps": 1e-3}, {"affine": False}, {"bias": False}, {"track_running_stats": False}),
     ),
     Case(
+        cls=equinorm.ActNorm,
+        args=(6,),
+        reference=batch_family.activation,
+        options=({}, {"logscale_factor": 3.0, "scale": 2.0}, {"batch_variance": True}),
+        ready=lambda module, x: module.initialize(x),
+        bad={
+            "scale": (lambda: equinorm.ActNorm(6, scale=0.0), ValueError, "ActNorm: scale must be a positive finite number, got 0.0"),
+            "factor": (lambda: equinorm.ActNorm(6, logscale_factor=-1.0), ValueError, "ActNorm: logscale_factor must be .* got -1.0"),
+        },
+    ),
+    Case(
         cls=equinorm.InstanceNorm,
         args=(6,),
         reference=reference.instance,

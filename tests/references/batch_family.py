@@ -27,3 +27,9 @@ def filter_response_tlu(x, p, *, mask=None, **options):
     inner = {name.removeprefix("norm.").removeprefix("tlu."): value for name, value in p.items()}
     y, _ = thresholded_linear(filter_response(x, inner, mask=mask, **options)[0], inner)
     return padded_as_zero(y, everything(x) if mask is None else mask), {}
+
+
+def activation(x, p, *, mask=None, logscale_factor=1.0, **_):
+    mask = everything(x) if mask is None else mask
+    scale = torch.exp(logscale_factor * p["log_scale"])
+    return padded_as_zero(torch.stack([(x[:, c] + p["bias"][c]) * scale[c] for c in range(x.shape[1])], 1), mask), {}
