@@ -20,6 +20,7 @@ from tests.references import conditional
 from tests.references import mode
 from tests.references import local
 from tests.references import norms as reference
+from tests.references import weight as weight_reference
 
 Reference = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
@@ -45,6 +46,7 @@ class Case:
         steady: False where a training forward must not be repeated with the same result (the output depends on state that it moved).
         bad: ``name -> (call, exception, pattern)``: calls that must raise, and what the message must say.
         counted: whether the class is told the number of channels, and so refuses any other.
+        autocast: False where convolutions or matrix products run in autocast's type, as they do outside of a norm.
         ready: brings a fresh module to a state in which evaluation makes sense (data-dependent initialisation), from (module, x).
     """
 
@@ -60,6 +62,7 @@ class Case:
     derivative: bool = True
     steady: bool = True
     counted: bool = True
+    autocast: bool = True
     bad: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = field(default_factory=dict)
     ready: Callable[[nn.Module, Tensor], None] | None = None
 
@@ -88,6 +91,11 @@ def classes(count: int) -> Callable[..., tuple[Tensor]]:
 def style(x: Tensor, generator: torch.Generator) -> tuple[Tensor]:
     """A second feature map, of another size than x."""
     return (torch.cat([x.detach().cos()] * 2, -1)[..., 1:] * 2 + 3,)
+
+
+def labels(channels: int) -> Callable[..., tuple[Tensor]]:
+    """A soft label map (N, channels, *T) of another size than x."""
+    return lambda x, generator: (torch.cat([x.detach()[:, :channels].sin()] * 2, -1)[..., 1:],)
 
 
 class AdaLayerNormZero(equinorm.AdaLayerNormZero):
@@ -121,6 +129,12 @@ CASES: tuple[Case, ...] = (
             "scale": (lambda: equinorm.ActNorm(6, scale=0.0), ValueError, "ActNorm: scale must be a positive finite number, got 0.0"),
             "factor": (lambda: equinorm.ActNorm(6, logscale_factor=-1.0), ValueError, "ActNorm: logscale_factor must be .* got -1.0"),
         },
+    ),
+    Case(
+        cls=equinorm.MeanOnlyBatchNorm,
+        args=(6,),
+        reference=weight_reference.mean_only_batch,
+        options=({}, {"momentum": None}, {"bias": False}),
     ),
     Case(
         cls=equinorm.InstanceNorm,
@@ -365,7 +379,7 @@ CASES: tuple[Case, ...] = (
         bad={
             "variant": (lambda: equinorm.EvoNormB(6, "S0"), ValueError, "EvoNormB: variant must be one of B0, B1, B2, got 'S0'"),
             "keep_norm": (lambda: equinorm.EvoNormB(6, keep_norm=True), ValueError, "EvoNormB: keep_norm says what"),
-            "momentum": (lambda: equinorm.EvoNormB(6, momentum=2.0), ValueError, "EvoNormB: momentum is the weight of the new value"),
+            "momentum": (lambda: equinorm.EvoNormB(6, momentum=2.0), ValueError, "EvoNormB: momentum must be a number in"),
         },
     ),
     Case(
@@ -389,6 +403,25 @@ CASES: tuple[Case, ...] = (
                 ValueError,
                 "EvoNormS: a group needs more than one value to have a variance",
             ),
+        },
+    ),
+    Case(
+        cls=equinorm.SPADE,
+        args=(6, 2),
+        reference=conditional.spade,
+        options=(
+            {"hidden_channels": 3},
+            {"hidden_channels": 3, "norm": "instance", "kernel_size": 1},
+            {"hidden_channels": 3, "momentum": None, "eps": 1e-3},
+        ),
+        spatial=(2,),
+        extra=labels(2),
+        autocast=False,
+        bad={
+            "norm": (lambda: equinorm.SPADE(6, 2, norm="layer"), ValueError, "SPADE: norm must be .* got 'layer'"),
+            "kernel": (lambda: equinorm.SPADE(6, 2, kernel_size=4), ValueError, "SPADE: kernel_size must be odd.* got 4"),
+            "rank": (lambda: equinorm.SPADE(6, 2, spatial_dims=4), ValueError, "SPADE: spatial_dims must be 1, 2 or 3, got 4"),
+            "group": (lambda: equinorm.SPADE(6, 2, norm="instance", process_group="world"), ValueError, "process_group must be None"),
         },
     ),
 )

@@ -430,7 +430,9 @@ def test_built_on_meta_and_brought_to_life(case, variant):
     module = case.make(variant, device="meta")
     assert all(t.is_meta for t in (*module.parameters(), *module.buffers()))
     module = module.to_empty(device="cpu")
+    torch.manual_seed(0)
     module.reset_parameters()
+    torch.manual_seed(0)
     fresh = case.make(variant)
     assert module.state_dict().keys() == fresh.state_dict().keys()
     for name, value in fresh.state_dict().items():
@@ -484,7 +486,7 @@ def test_a_bad_batch_does_not_spoil_the_estimates(case):
     bad[0, 0] = torch.inf
     module(bad, *extras(case, x))
     after = buffers(module)
-    for name in ("running_mean", "running_var"):
+    for name in before.keys() & {"running_mean", "running_var"}:
         assert torch.equal(after[name].view(before[name].shape)[..., 0], before[name][..., 0]), f"{name} of the bad channel moved"
     assert all(b.isfinite().all() for b in after.values())
 
@@ -574,7 +576,8 @@ def test_autocast_and_inference_keep_the_input_type(case):
     with torch.autocast("cpu", torch.bfloat16):
         y = copy.deepcopy(module)(x, *more)
     assert y.dtype == torch.float32
-    assert_close(y, want.double())
+    if case.autocast:
+        assert_close(y, want.double())
     with torch.inference_mode():
         assert_close(copy.deepcopy(module)(x, *more), want.double())
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
-from tests.references.norms import batch, everything, moments, padded_as_zero
+from tests.references.norms import batch, everything, instance, moments, padded_as_zero
 
 
 def deviation(values, eps, unbiased):
@@ -123,3 +125,40 @@ def _modulated_rows(x, p, condition, mask, eps, chunks):
             row = (x[i, t] - mu) / torch.sqrt(var + eps) * (1 + made[1]) + made[0]
             samples.append(torch.where(keep[i, t], row, torch.zeros_like(row)))
     return torch.stack(samples).reshape(x.shape), torch.stack(gates).reshape(x.shape)
+
+
+def convolved(x, weight, bias):
+    """A convolution with an odd kernel that keeps the size: (K, *S) to (O, *S), one shift of the input after another."""
+    spatial, kernel = x.shape[1:], weight.shape[2:]
+    y = bias.reshape(-1, *[1] * len(spatial)).expand(-1, *spatial)
+    padded = torch.zeros(x.shape[0], *(s + k - 1 for s, k in zip(spatial, kernel, strict=True)), dtype=x.dtype)
+    inside = tuple(slice(k // 2, k // 2 + s) for s, k in zip(spatial, kernel, strict=True))
+    padded[(slice(None), *inside)] = x
+    for offset in itertools.product(*(range(k) for k in kernel)):
+        window = padded[(slice(None), *(slice(o, o + s) for o, s in zip(offset, spatial, strict=True)))]
+        y = y + torch.stack([sum(w * v for w, v in zip(row, window, strict=True)) for row in weight[(..., *offset)]])
+    return y
+
+
+def nearest(m, size):
+    """A map (L, *T) resized to (L, *size): position i takes from floor(i T / S)."""
+    for d, s in enumerate(size):
+        m = m.index_select(d + 1, torch.tensor([i * m.shape[d + 1] // s for i in range(s)], dtype=torch.long))
+    return m
+
+
+def spade(x, p, labels, *, training, mask=None, norm="batch", eps=1e-5, momentum=0.1, **_):
+    own = {name: value for name, value in p.items() if "running" in name or "tracked" in name}
+    if norm == "batch":
+        normalized, updates = batch(x, own, training=training, mask=mask, eps=eps, momentum=momentum)
+    else:
+        normalized, updates = instance(x, {}, training=training, mask=mask, eps=eps)
+    keep = everything(x) if mask is None else mask
+    samples = []
+    for i in range(x.shape[0]):
+        m = nearest(labels[i if labels.shape[0] > 1 else 0], x.shape[2:]) * keep[i]
+        h = convolved(m, p["mlp_shared.0.weight"], p["mlp_shared.0.bias"])
+        h = torch.where((h > 0) & keep[i], h, torch.zeros_like(h))
+        gamma, beta = (convolved(h, p[f"mlp_{name}.weight"], p[f"mlp_{name}.bias"]) for name in ("gamma", "beta"))
+        samples.append(normalized[i] * (1 + gamma) + beta)
+    return padded_as_zero(torch.stack(samples), keep), updates
