@@ -4,10 +4,10 @@ from __future__ import annotations
 
 # Statistics over the batch
 from equinorm.norms.activation import ActNorm as ActNorm
-from equinorm.norms.activation import ActNorm as ActNorm
 from equinorm.norms.evonorm_b import EvoNormB as EvoNormB
 from equinorm.norms.batch import BatchNorm as BatchNorm
 from equinorm.norms.batch_channel import BatchChannelNorm as BatchChannelNorm
+from equinorm.norms.mean_only_batch import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from equinorm.norms.sync_batch import SyncBatchNorm as SyncBatchNorm
 from equinorm.norms.sync_batch import convert_sync_batchnorm as convert_sync_batchnorm
 from equinorm.norms.sync_batch import revert_sync_batchnorm as revert_sync_batchnorm

@@ -39,7 +39,6 @@ class _CenteredWeightNorm(nn.Module):
             title="Centered Weight Normalization in Accelerating Training of Deep Neural Networks",
             year=2017,
             venue="ICCV",
-            equation="Eq. 5",
         ),
         family="weight",
         pools="W",
@@ -90,7 +89,7 @@ def centered_weight_norm(
         >>> layer.weight.detach()
         tensor([[-0.5345, -0.2673,  0.0000,  0.8018]])
 
-    Source: Huang et al., ICCV 2017, Eq. 5. The default scale sqrt(2), a constant, is that of the authors' PyTorch code (their Lua code for
+    Source: Huang et al., ICCV 2017. The default scale sqrt(2), a constant, is that of the authors' PyTorch code (their Lua code for
         linear layers uses 1); that code stores a learned scale as (out, 1, 1, 1).
     """
     units = units_of("centered_weight_norm", module, name, dim)

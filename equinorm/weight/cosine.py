@@ -26,7 +26,6 @@ COSINE = Facts(
         year=2017,
         venue="ICANN 2018",
         arxiv="1702.05870",
-        equation="Eq. 3 and 10",
     ),
     family="weight",
     pools="CKW",

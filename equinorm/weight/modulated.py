@@ -163,8 +163,8 @@ class ModulatedConv2d(nn.Module):
     Use it when: a style controls a generator's feature maps: it replaces adaptive instance normalization without its droplet artifacts,
         because it normalizes expected instead of actual statistics.
     Not when: the statistics of the actual feature maps must be removed; it assumes inputs of equal variance that are not correlated.
-    Known trouble: with ``fused`` the filters of a batch take N * out * in * k * k numbers. An upsampling layer leaves white noise with variance
-        25/64: the filter keeps the mean, not the noise power. A style of all zeros gives zeros.
+    Known trouble: with ``fused`` the filters of a batch take N * out * in * k * k numbers. An upsampling layer leaves white noise with
+        variance 25/64: the filter keeps the mean, not the noise power. A style of all zeros gives zeros.
 
     Args:
         in_channels, out_channels: sizes.
@@ -189,9 +189,9 @@ class ModulatedConv2d(nn.Module):
         >>> layer(torch.randn(4, 8, 10, 10), torch.randn(4, 32)).shape
         torch.Size([4, 16, 20, 20])
 
-    Source: Karras et al., 2019, arXiv:1912.04958, Eq. 1 and 3; pre-normalization for half types and resampling after the authors' code, whose
-        kernels of upsampling layers are true convolutions while all others are correlations: weights load as they are. Widespread copies
-        err: the sum in the root is of squares, not the square of the sum.
+    Source: Karras et al., 2019, arXiv:1912.04958, Eq. 1 and 3; pre-normalization for half types and resampling after the authors' code,
+        whose kernels of upsampling layers are true convolutions while all others are correlations: weights load as they are. Widespread
+        copies err: the sum in the root is of squares, not the square of the sum.
     """
 
     facts: ClassVar[Facts] = MODULATED

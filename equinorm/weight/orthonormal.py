@@ -66,7 +66,6 @@ class _Bjorck(nn.Module):
             year=2019,
             venue="ICML",
             arxiv="1811.05381",
-            equation="Eq. 4",
         ),
         family="weight",
         pools="W",
@@ -122,7 +121,7 @@ def bjorck_orthonormal(
         >>> (w @ w.T).allclose(torch.eye(3), atol=1e-5)
         True
 
-    Source: Björck and Bowie, 1971; Anil, Lucas and Grosse, 2019, arXiv:1811.05381, Eq. 4. The authors' code divides by sqrt(rows * columns)
+    Source: Björck and Bowie, 1971; Anil, Lucas and Grosse, 2019, arXiv:1811.05381. The authors' code divides by sqrt(rows * columns)
         ("size"), which is no bound for large entries and makes a poor start for a layer's usual weights.
     """
     weight = named_weight("bjorck_orthonormal", module, name)

@@ -69,7 +69,6 @@ class _ScaledWeightStandardization(nn.Module):
             year=2021,
             venue="ICLR",
             arxiv="2101.08692",
-            equation="Eq. 3",
         ),
         family="weight",
         pools="W",
@@ -124,7 +123,7 @@ def scaled_weight_standardization(
         >>> layer.weight.norm(dim=1).allclose(torch.ones(64))
         True
 
-    Source: Brock, De and Smith, 2021, arXiv:2101.08692, Eq. 3, with the clamp and the gain of the authors' code. timm adds 1e-6 to the
+    Source: Brock, De and Smith, 2021, arXiv:2101.08692, with the clamp and the gain of the authors' code. timm adds 1e-6 to the
         variance and folds the activation's factor into the weight: ``eps=1e-6, eps_mode="inside"``, gamma =
         ``variance_gain("silu", "deepmind")``.
     """

@@ -59,7 +59,7 @@ def weight_norm_gradients(v: Tensor, g: Tensor, upstream: Tensor) -> tuple[Tenso
 
 
 def cosine(x: Tensor, w: Tensor, centered: bool, eps: float) -> Tensor:
-    """Luo et al. 2017, Eq. 3 and (centred) 10, of two vectors, with eps beside the squared lengths."""
+    """Luo et al. 2017, of two vectors, with eps beside the squared lengths."""
     if centered:
         x, w = x - x.sum() / len(x), w - w.sum() / len(w)
     return (x * w).sum() / ((x * x).sum() + eps).sqrt() / ((w * w).sum() + eps).sqrt()
@@ -89,7 +89,7 @@ def cosine_conv2d(x: Tensor, weight: Tensor, stride: int, dilation: int, groups:
 
 
 def scaled_standardize(w: Tensor, gain: Tensor | float, gamma: float, eps: float, eps_mode: str) -> Tensor:
-    """Brock, De and Smith 2021, Eq. 3, with the authors' clamp ("clamp") or timm's eps ("inside")."""
+    """Brock, De and Smith 2021, with the authors' clamp ("clamp") or timm's eps ("inside")."""
     mean = sum(w) / len(w)
     var = sum((value - mean) ** 2 for value in w) / len(w)
     if eps_mode == "clamp":
@@ -100,7 +100,7 @@ def scaled_standardize(w: Tensor, gain: Tensor | float, gamma: float, eps: float
 
 
 def centered_weight(v: Tensor, scale: Tensor | float, eps: float) -> Tensor:
-    """Huang et al. 2017, Eq. 5."""
+    """Huang et al. 2017."""
     mean = sum(v) / len(v)
     length = sum((value - mean) ** 2 for value in v) ** 0.5
     return torch.stack([scale * (value - mean) / (length + eps) for value in v])
@@ -148,3 +148,20 @@ def upfirdn2d(x: Tensor, f: Tensor, up: int = 1, down: int = 1, before: int = 0,
         for r in range(0, size[0] - taps + 1, down)
     ]
     return torch.stack([torch.stack(row, -1) for row in y], -2)
+
+
+def mean_only_batch(
+    x: Tensor, p: dict[str, Tensor], *, training: bool, mask: Tensor | None = None, momentum: float | None = 0.1, **_: object
+):
+    """Salimans and Kingma 2016, section 4: what the batch's mean leaves, one channel at a time."""
+    mask = torch.ones(x.shape[0], *x.shape[2:], dtype=torch.bool) if mask is None else mask
+    channels, means = [], []
+    for c in range(x.shape[1]):
+        mean = x[:, c][mask].sum() / mask.sum() if training else p["running_mean"][c]
+        means.append(mean.detach())
+        channels.append(torch.where(mask, x[:, c] - mean + (p["bias"][c] if "bias" in p else 0), torch.zeros((), dtype=x.dtype)))
+    if not training:
+        return torch.stack(channels, 1), {}
+    rate = 1 / (p["num_batches_tracked"].item() + 1) if momentum is None else momentum
+    moved = (1 - rate) * p["running_mean"] + rate * torch.stack(means)
+    return torch.stack(channels, 1), {"running_mean": moved, "num_batches_tracked": p["num_batches_tracked"] + 1}
