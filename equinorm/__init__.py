@@ -25,6 +25,7 @@ from equinorm.norms.positional import DynamicMomentShortcut as DynamicMomentShor
 from equinorm.norms.positional import MomentShortcut as MomentShortcut
 from equinorm.norms.positional import PositionalNorm as PositionalNorm
 from equinorm.norms.rms import RMSNorm as RMSNorm
+from equinorm.norms.scale import ScaleNorm as ScaleNorm
 from equinorm.norms.thresholded_linear import TLU as TLU
 
 # Statistics in a neighbourhood
@@ -58,6 +59,7 @@ from equinorm.weight.equalized import EqualizedConv2d as EqualizedConv2d
 from equinorm.weight.equalized import EqualizedConv3d as EqualizedConv3d
 from equinorm.weight.equalized import EqualizedLinear as EqualizedLinear
 from equinorm.weight.equalized import equalized_lr as equalized_lr
+from equinorm.weight.fix import fix_norm as fix_norm
 from equinorm.weight.forced import MPConv1d as MPConv1d
 from equinorm.weight.forced import MPConv2d as MPConv2d
 from equinorm.weight.forced import MPConv3d as MPConv3d

@@ -301,6 +301,14 @@ CASES: tuple[Case, ...] = (
         counted=False,
     ),
     Case(
+        cls=equinorm.ScaleNorm,
+        args=(6,),
+        reference=local.scale,
+        options=({}, {"eps": 3.0, "init_scale": 0.5}),
+        geometry="row",
+        shape=(4, 5, 6),
+    ),
+    Case(
         cls=equinorm.ConditionalInstanceNorm,
         args=(6,),
         reference=conditional.conditional_instance,

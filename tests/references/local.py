@@ -92,3 +92,12 @@ def positional(x, p, *, eps=1e-5, unbiased=False, return_moments=False, **_):
     y, mean, std = torch.stack(samples).split((x.shape[1], 1, 1), 1)
     y, mean, std = (part.reshape(x.shape[0], -1, *x.shape[2:]) for part in (y, mean, std))
     return ((y, mean, std) if return_moments else y), {}
+
+
+def scale(x, p, *, mask=None, eps=1e-5, **_):
+    keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand(x.shape)
+    rows = []
+    for row, kept in zip(x.reshape(-1, x.shape[-1]), keep.reshape(-1, x.shape[-1]), strict=True):
+        norm = length(row[kept])
+        rows.append(torch.where(kept, p["scale"] * row / (norm if norm > eps else eps), 0.0))
+    return torch.stack(rows).reshape(x.shape), {}

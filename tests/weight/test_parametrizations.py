@@ -45,6 +45,7 @@ CASES = [
     Case("centered_weight_norm-learned", lambda m: equinorm.centered_weight_norm(m, learnable_scale=True, eps=0.1)),
     Case("bjorck_orthonormal", lambda m: equinorm.bjorck_orthonormal(m, n_iter=3)),
     Case("bjorck_orthonormal-order_3", lambda m: equinorm.bjorck_orthonormal(m, n_iter=2, order=3)),
+    Case("fix_norm", equinorm.fix_norm),
     Case("equalized_lr", lambda m: equinorm.equalized_lr(m, lr_multiplier=0.1, gain=1.4)),
     Case("forced_weight_norm", lambda m: equinorm.forced_weight_norm(m, gain=0.5, eps=0.01)),
     Case("stable_rank_norm", lambda m: equinorm.stable_rank_norm(m, ratio=0.4)),
