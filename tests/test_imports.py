@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 _METHODS = {"core", "kernels", "norms", "conditional", "residual", "weight"}
 MAY_IMPORT |= {
     "catalogue": {"equinorm"},  # "equinorm" is the table of contents in __init__.py
+    "catalogue_list": {"catalogue"},
+    "catalogue_show": {"catalogue", "catalogue_list"},
     "surgery": _METHODS | {"catalogue", "equinorm"},
     "compare": _METHODS | {"catalogue", "surgery", "init", "equinorm"},
 }
