@@ -137,6 +137,25 @@ CASES: tuple[Case, ...] = (
         options=({}, {"momentum": None}, {"bias": False}),
     ),
     Case(
+        cls=equinorm.BatchRenorm,
+        args=(6,),
+        reference=batch_family.batch_renorm,
+        options=(
+            {},
+            {"warmup": None, "momentum": 0.1},
+            {"warmup": None, "r_max": 1.1, "d_max": 0.1, "momentum": None},
+            {"warmup": (0, 3, 2), "track": "var", "eps": 1e-5, "affine": False, "momentum": 0.3},
+        ),
+        bad={
+            "r_max": (lambda: equinorm.BatchRenorm(6, r_max=0.5), ValueError, "BatchRenorm: r_max must be .* at least 1 .* got 0.5"),
+            "d_max": (lambda: equinorm.BatchRenorm(6, d_max=-1.0), ValueError, "BatchRenorm: d_max must be .* at least 0 .* got -1.0"),
+            "infinity": (lambda: equinorm.BatchRenorm(6, r_max=float("inf")), ValueError, "BatchRenorm: r_max cannot open linearly"),
+            "warmup": (lambda: equinorm.BatchRenorm(6, warmup=(5, 5, 9)), ValueError, r"BatchRenorm: warmup must be .* got \(5, 5, 9\)"),
+            "track": (lambda: equinorm.BatchRenorm(6, track="sd"), ValueError, "BatchRenorm: track must be .* got 'sd'"),
+            "momentum": (lambda: equinorm.BatchRenorm(6, momentum=2.0), ValueError, "BatchRenorm: momentum"),
+        },
+    ),
+    Case(
         cls=equinorm.InstanceNorm,
         args=(6,),
         reference=reference.instance,

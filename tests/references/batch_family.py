@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.references.norms import everything, padded_as_zero, per_channel
+from tests.references.norms import everything, moments, padded_as_zero, per_channel, rate
 
 
 def filter_response(x, p, *, mask=None, eps=1e-6, **_):
@@ -33,3 +33,38 @@ def activation(x, p, *, mask=None, logscale_factor=1.0, **_):
     mask = everything(x) if mask is None else mask
     scale = torch.exp(logscale_factor * p["log_scale"])
     return padded_as_zero(torch.stack([(x[:, c] + p["bias"][c]) * scale[c] for c in range(x.shape[1])], 1), mask), {}
+
+
+def batch_renorm(
+    x, p, *, training, mask=None, eps=1e-3, momentum=0.01, r_max=3.0, d_max=5.0, warmup=(5000, 40000, 25000), track="std", **_
+):
+    mask = everything(x) if mask is None else mask
+    steps = p["num_batches_tracked"].item()
+    if warmup is not None:
+        start, r_end, d_end = warmup
+        r_max = 1 + (r_max - 1) * min(max((steps - start) / (r_end - start), 0), 1)
+        d_max = d_max * min(max((steps - start) / (d_end - start), 0), 1)
+    channels, means, spreads = [], [], []
+    for c in range(x.shape[1]):
+        m = p["running_mean"][c]
+        s = p["running_std"][c] if track == "std" else torch.sqrt(p["running_var"][c] + eps)
+        if training:
+            mu, var = moments(x[:, c][mask])
+            s_b = torch.sqrt(var + eps)
+            r = min(max(s_b.item() / s.item(), 1 / r_max), r_max)
+            d = min(max((mu.item() - m.item()) / s.item(), -d_max), d_max)
+            z = (x[:, c] - mu) / s_b * r + d
+            means.append(mu.detach())
+            spreads.append(s_b.detach() if track == "std" else var.detach())
+        else:
+            z = (x[:, c] - m) / s
+        channels.append(z * per_channel(p, "weight", 1.0, c) + per_channel(p, "bias", 0.0, c))
+    y = padded_as_zero(torch.stack(channels, 1), mask)
+    if not training:
+        return y, {}
+    a = rate(p, momentum)
+    return y, {
+        "running_mean": p["running_mean"] + a * (torch.stack(means) - p["running_mean"]),
+        f"running_{track}": p[f"running_{track}"] + a * (torch.stack(spreads) - p[f"running_{track}"]),
+        "num_batches_tracked": p["num_batches_tracked"] + 1,
+    }
