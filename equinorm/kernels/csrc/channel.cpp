@@ -4,7 +4,6 @@
 // run across the channels, and a channel's sum runs down the rows. There memory is walked strictly in order, one row after the other,
 // with the running sums of all columns in the first-level cache: walking down a few columns at a time needs fewer instructions but
 // defeats the prefetching of every processor tried, and takes two to three times as long on data from main memory.
-#include <numeric>
 #include <vector>
 
 #include "runs.h"
@@ -13,16 +12,13 @@ namespace equinorm {
 namespace {
 
 constexpr int64_t kPanel = 1024;  // columns whose running sums are held at a time
-constexpr int64_t kFoldBelow = 64;  // narrower rows are folded: 32 rows of 3 channels are one row of 96 columns
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kNarrow = 256;  // narrower rows are folded: 4 rows of 64 channels are one row of 256 columns
 
 // channels_last rows, cut within each sample into blocks of the same height.
 struct Blocks {
   int64_t rows, c, fold, height, per_sample, count;
   Blocks(int64_t samples, int64_t rows, int64_t c) : rows(rows), c(c) {
-    const int64_t whole = lanes<Floats> / std::gcd(c, lanes<Floats>);  // rows until the columns fill vectors
-    fold = c < kFoldBelow ? divide_up(kFoldBelow, c * whole) * whole : 1;
+    fold = divide_up(kNarrow, c);
     const int64_t elements = std::clamp<int64_t>(rows * c / 64, 16384, 131072);
     height = divide_up(std::clamp<int64_t>(elements / c, 32, kSegment), fold) * fold;
     per_sample = divide_up(rows, height);
@@ -49,23 +45,29 @@ void for_panels(int64_t width, const Body& body) {
   for (int64_t j = 0; j < width; j += size) body(j, std::min(size, width - j));
 }
 
-// Sums a pair of terms down `height` rows for each vector of a panel; term(row, vector) forms the pair.
+// A vector of columns: what its values are shifted by, and two running sums. Side by side, so that they never fall on addresses a
+// multiple of 4096 apart, which processors take for the same address when they check loads against earlier stores.
+template <class V>
+struct Column {
+  V shift, first, second;
+};
+
+// Sums a pair of terms down `height` rows for each vector of a panel; term(row, column, shift) forms the pair.
 template <class V, class Term>
-void column_sums(int64_t height, int64_t vectors, const Term& term, double* first, double* second) {
+[[gnu::always_inline]] inline void column_sums(int64_t height, Panel<V> panel, Column<V>* columns, const Term& term, double* first,
+                                               double* second) {
   constexpr int64_t L = lanes<V>;
-  V s[kPanel / L + 1], q[kPanel / L + 1];
+  const int64_t vectors = panel.vectors(), full = panel.width / L;
   std::fill_n(first, vectors * L, 0.0);
   std::fill_n(second, vectors * L, 0.0);
   for (int64_t begin = 0; begin < height; begin += kChain) {
-    std::fill_n(s, vectors, V{});
-    std::fill_n(q, vectors, V{});
+    for (int64_t v = 0; v < vectors; ++v) columns[v].first = V{}, columns[v].second = V{};
     for (int64_t r = begin; r < std::min(height, begin + kChain); ++r)
       for (int64_t v = 0; v < vectors; ++v) {
-        const auto [f, g] = term(r, v);
-        s[v] += f, q[v] += g;
+        const auto [f, g] = term(r, v < full ? v * L : panel.width - L, columns[v].shift);
+        columns[v].first += f, columns[v].second += g;
       }
-    for (int64_t v = 0; v < vectors; ++v)
-      for (int64_t l = 0; l < L; ++l) first[v * L + l] += s[v][l], second[v * L + l] += q[v][l];
+    for (int64_t v = 0; v < vectors; ++v) add_to(first + v * L, columns[v].first), add_to(second + v * L, columns[v].second);
   }
 }
 
@@ -73,60 +75,63 @@ void column_sums(int64_t height, int64_t vectors, const Term& term, double* firs
 
 // Sums of x - shift and of its square down each column of a panel.
 template <class V, class T>
-void shifted_columns(const T* x, int64_t height, int64_t pitch, Panel<V> panel, const V* shift, double* first, double* second) {
-  column_sums<V>(
-      height, panel.vectors(),
-      [&](int64_t r, int64_t v) {
-        const V d = load<V>(x + r * pitch + panel.column(v)) - shift[v];
+void shifted_columns(const T* x, int64_t height, int64_t pitch, Panel<V> panel, Column<V>* columns, double* first, double* second) {
+  column_sums(
+      height, panel, columns,
+      [=](int64_t r, int64_t column, V shift) {
+        const V d = load<V>(x + r * pitch + column) - shift;
         return std::pair(d, d * d);
       },
       first, second);
+}
+
+// The same for one vector of columns.
+inline void from_sums(Doubles shift, Doubles first, Doubles second, double count, double* mean, double* squares) {
+  const Doubles step = first * splat<Doubles>(1 / count), deviations = second - first * step;
+  store(mean, shift + step);
+  store(squares, (Doubles)(deviations < 0 ? Doubles{} : deviations));
 }
 
 template <class T>
 void moments_in_double(const T* x, int64_t height, int64_t pitch, int64_t width, double* mean, double* squares) {
   constexpr int64_t L = lanes<Doubles>;
   const Panel<Doubles> panel{width};
-  Doubles shift[kPanel / L + 1];
+  Column<Doubles> columns[kPanel / L + 1];
   double first[kPanel + L], second[kPanel + L];
-  for (int64_t v = 0; v < panel.vectors(); ++v) shift[v] = load<Doubles>(x + panel.column(v));
-  shifted_columns(x, height, pitch, panel, shift, first, second);
+  for (int64_t v = 0; v < panel.vectors(); ++v) columns[v].shift = load<Doubles>(x + panel.column(v));
+  shifted_columns(x, height, pitch, panel, columns, first, second);
   const double count = static_cast<double>(height);
   if constexpr (!in_float<T>) {  // no digits to spare: shift by the mean, so that nothing cancels
-    for (int64_t v = 0; v < panel.vectors(); ++v) shift[v] += load<Doubles>(first + v * L) / count;
-    shifted_columns(x, height, pitch, panel, shift, first, second);
+    for (int64_t v = 0; v < panel.vectors(); ++v) columns[v].shift += load<Doubles>(first + v * L) / count;
+    shifted_columns(x, height, pitch, panel, columns, first, second);
   }
   for (int64_t v = 0; v < panel.vectors(); ++v)
-    for (int64_t l = 0; l < L; ++l) {
-      const Sums sums{first[v * L + l], second[v * L + l]};
-      mean[panel.column(v) + l] = shift[v][l] + sums.first / count;
-      squares[panel.column(v) + l] = about_mean(sums, count);
-    }
+    from_sums(columns[v].shift, load<Doubles>(first + v * L), load<Doubles>(second + v * L), count, mean + panel.column(v),
+              squares + panel.column(v));
 }
 
 template <class T>
 void moments_in_float(const T* x, int64_t height, int64_t pitch, int64_t width, double* mean, double* squares) {
-  constexpr int64_t L = lanes<Floats>;
+  constexpr int64_t L = lanes<Floats>, H = lanes<Doubles>;
   const Panel<Floats> panel{width};
-  Floats shift[kPanel / L + 1];
+  Column<Floats> columns[kPanel / L + 1];
   double first[kPanel + L], second[kPanel + L];
   const int64_t step = height / 4 * pitch;
   for (int64_t v = 0; v < panel.vectors(); ++v) {
     const T* const at = x + panel.column(v);
-    shift[v] = ((load<Floats>(at) + load<Floats>(at + step)) + (load<Floats>(at + 2 * step) + load<Floats>(at + 3 * step))) * 0.25f;
+    columns[v].shift =
+        ((load<Floats>(at) + load<Floats>(at + step)) + (load<Floats>(at + 2 * step) + load<Floats>(at + 3 * step))) * 0.25f;
   }
-  shifted_columns(x, height, pitch, panel, shift, first, second);
+  shifted_columns(x, height, pitch, panel, columns, first, second);
   const double count = static_cast<double>(height);
   for (int64_t v = 0; v < panel.vectors(); ++v) {
-    bool held = true;
-    for (int64_t l = 0; l < L; ++l) {
-      const Sums sums{first[v * L + l], second[v * L + l]};
-      const double deviations = about_mean(sums, count);
-      mean[panel.column(v) + l] = shift[v][l] + sums.first / count;
-      squares[panel.column(v) + l] = deviations;
-      held &= shift_held(sums, deviations, count);
-    }
     const int64_t j = panel.column(v);
+    const auto [low, high] = halves(columns[v].shift);
+    from_sums(to_doubles<H>(low), load<Doubles>(first + v * L), load<Doubles>(second + v * L), count, mean + j, squares + j);
+    from_sums(to_doubles<H>(high), load<Doubles>(first + v * L + H), load<Doubles>(second + v * L + H), count, mean + j + H,
+              squares + j + H);
+    bool held = true;
+    for (int64_t l = 0; l < L; ++l) held &= shift_held(first[v * L + l], squares[j + l], count);
     if (!held) moments_in_double(x + j, height, pitch, L, mean + j, squares + j);
   }
 }
@@ -144,8 +149,7 @@ void column_moments(const T* x, int64_t height, int64_t pitch, double* mean, dou
           sums.first += d, sums.second += d * d;
         }
       }
-      mean[j] = shift + sums.first / height;
-      squares[j] = about_mean(sums, height);
+      from_sums(shift, sums, height, mean[j], squares[j]);
     }
     return;
   }
@@ -157,17 +161,18 @@ void column_moments(const T* x, int64_t height, int64_t pitch, double* mean, dou
 }
 
 template <class T>
-void block_moments(const T* x, int64_t height, int64_t c, int64_t fold, double* mean, double* squares) {
+void block_moments(const T* x, int64_t height, int64_t c, int64_t fold, std::vector<double>& scratch, double* mean, double* squares) {
   const int64_t folded = height / fold, left = height % fold, width = c * fold;
   if (fold == 1 || folded == 0) {
     column_moments(x, height, c, mean, squares);
     return;
   }
-  std::vector<double> means(width + c), deviations(width + c);
-  column_moments(x, folded, width, means.data(), deviations.data());
-  if (left > 0) column_moments(x + folded * width, left, c, &means[width], &deviations[width]);
+  scratch.resize(2 * (width + c));
+  double *means = scratch.data(), *deviations = means + width + c;
+  column_moments(x, folded, width, means, deviations);
+  if (left > 0) column_moments(x + folded * width, left, c, means + width, deviations + width);
   const auto count = [=](int64_t p) { return static_cast<double>(p < fold ? folded : left); };
-  pool(means.data(), deviations.data(), fold + (left > 0), c, c, count, mean, squares);
+  pool(means, deviations, fold + (left > 0), c, c, count, mean, squares);
 }
 
 // Partial moments of `parts` pieces of each of n samples, [n][parts][c] -> per sample [n][c] -> per channel [c], as variances.
@@ -210,8 +215,10 @@ void channel_moments(const T* x, SmallOut mean, SmallOut var, Shape shape) {
     const Blocks blocks(n, s, c);
     std::vector<double> means(blocks.count * c), squares(blocks.count * c);
     parallel(blocks.count, blocks.elements(), [&](int64_t begin, int64_t end) {
+      std::vector<double> scratch;
       for (int64_t u = begin; u < end; ++u)
-        block_moments(x + blocks.offset(u), blocks.length(u), blocks.c, blocks.fold, &means[u * blocks.c], &squares[u * blocks.c]);
+        block_moments(x + blocks.offset(u), blocks.length(u), blocks.c, blocks.fold, scratch, &means[u * blocks.c],
+                      &squares[u * blocks.c]);
     });
     finish_moments(means, squares, n, blocks.per_sample, c, s, [&](int64_t k) { return double(blocks.length(k)); }, mean, var);
     return;
@@ -221,10 +228,10 @@ void channel_moments(const T* x, SmallOut mean, SmallOut var, Shape shape) {
   std::vector<double> means(n * c * segments), squares(n * c * segments);
   const auto length = [s = s](int64_t k) { return std::min(kSegment, s - k * kSegment); };
   parallel(n * c * segments, std::min(kSegment, s), [&, c = c, s = s](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
-      const int64_t row = u / segments, k = u % segments, at = (row / c * segments + k) * c + row % c;
-      run_moments(x + row * s + k * kSegment, length(k), means[at], squares[at]);
-    }
+    for_grid(begin, end, c, segments, [&](int64_t i, int64_t j, int64_t k) {
+      const int64_t at = (i * segments + k) * c + j;
+      run_moments(x + (i * c + j) * s + k * kSegment, length(k), means[at], squares[at]);
+    });
   });
   finish_moments(means, squares, n, segments, c, s, [&](int64_t k) { return double(length(k)); }, mean, var);
 }
@@ -252,7 +259,7 @@ struct ColumnParameters {
         double wide[P];
         float cut[P];
         for (int m = 0; m < P; ++m) wide[m] = small[m].sample(sample)[j];
-        narrow = narrow && to_floats<Map>(wide, cut);
+        narrow = narrow && fit_floats<Map>(wide, cut);
         for (int m = 0; m < P; ++m) floats[m * width + j] = cut[m];
       }
       for (int m = 0; m < P; ++m)
@@ -265,14 +272,9 @@ struct ColumnParameters {
   }
 
   void apply(const T* x, const T* dy, T* out, int64_t columns) const {
-    const auto row = [&]<class V>(V, const auto* from) {
-      apply_vectors<Map, V>(x, dy, out, columns, [&](V* p, const auto& get) {
-        for (int m = 0; m < P; ++m) p[m] = get(from + m * width);
-      });
-    };
     if constexpr (in_float<T>)
-      if (narrow) return row(Floats{}, floats.data());
-    row(Doubles{}, doubles.data());
+      if (narrow) return apply_columns<Map, Floats>(x, dy, out, columns, floats.data(), width);
+    apply_columns<Map, Doubles>(x, dy, out, columns, doubles.data(), width);
   }
 };
 
@@ -283,12 +285,12 @@ void apply(const T* x, const T* dy, T* out, const Small* small, Shape shape) {
   if (!channels_last) {
     const int64_t segments = divide_up(s, kSegment);
     parallel(n * c * segments, std::min(kSegment, s), [&, c = c, s = s](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u / segments, at = row * s + u % segments * kSegment;
+      for_grid(begin, end, c, segments, [&](int64_t i, int64_t j, int64_t k) {
+        const int64_t at = (i * c + j) * s + k * kSegment;
         double parameters[P];
-        for (int m = 0; m < P; ++m) parameters[m] = small[m].sample(row / c)[row % c];
-        apply_run<Map>(x + at, dy + at, out + at, std::min(kSegment, (row + 1) * s - at), parameters);
-      }
+        for (int m = 0; m < P; ++m) parameters[m] = small[m].sample(i)[j];
+        apply_run<Map>(x + at, dy + at, out + at, std::min(kSegment, s - k * kSegment), parameters);
+      });
     });
     return;
   }
@@ -329,27 +331,31 @@ void reduce_in(const T* dy, const T* x, int64_t height, int64_t pitch, int64_t w
                double* sum_dy_x) {
   constexpr int64_t L = lanes<V>;
   const Panel<V> panel{width};
-  V shift[kPanel / L + 1];
+  Column<V> columns[kPanel / L + 1];
   double first[kPanel + L], second[kPanel + L];
-  for (int64_t v = 0; v < panel.vectors(); ++v)
-    for (int64_t l = 0; l < L; ++l) shift[v][l] = static_cast<Scalar<V>>(center[panel.column(v) + l]);
-  column_sums<V>(
-      height, panel.vectors(),
-      [&](int64_t r, int64_t v) {
-        const int64_t at = r * pitch + panel.column(v);
-        const V g = load<V>(dy + at);
-        return std::pair(g, g * (load<V>(x + at) - shift[v]));
+  for (int64_t v = 0; v < panel.vectors(); ++v) {
+    Scalar<V> shift[L];
+    std::copy_n(center + panel.column(v), L, shift);
+    columns[v].shift = load<V>(shift);
+  }
+  column_sums(
+      height, panel, columns,
+      [=](int64_t r, int64_t column, V shift) {
+        const V g = load<V>(dy + r * pitch + column);
+        return std::pair(g, g * (load<V>(x + r * pitch + column) - shift));
       },
       first, second);
   const double count = static_cast<double>(height);
   for (int64_t v = 0; v < panel.vectors(); ++v) {
     const int64_t j = panel.column(v);
+    Scalar<V> shift[L];
+    store(shift, columns[v].shift);
     bool held = true;
     for (int64_t l = 0; l < L; ++l) {
-      Sums sums{first[v * L + l], second[v * L + l]};
-      if (shift[v][l] != center[j + l]) sums.second += (shift[v][l] - center[j + l]) * sums.first;
-      sum_dy[j + l] = sums.first, sum_dy_x[j + l] = sums.second;
-      held &= std::abs(center[j + l]) <= kLargest && reduction_held(sums, count);
+      const double cut = shift[l] - center[j + l], s = first[v * L + l], q = second[v * L + l] + (cut == 0 ? 0 : cut * s);
+      sum_dy[j + l] = s, sum_dy_x[j + l] = q;
+      held &= std::abs(center[j + l]) <= kLargest;
+      held &= reduction_held({s, q}, count);
     }
     if constexpr (std::is_same_v<V, Floats>)
       if (!held) reduce_in<Doubles>(dy + j, x + j, height, pitch, L, center + j, sum_dy + j, sum_dy_x + j);
@@ -376,17 +382,18 @@ void column_reduce(const T* dy, const T* x, int64_t height, int64_t pitch, const
 }
 
 template <class T>
-void block_reduce(const T* dy, const T* x, int64_t height, int64_t c, int64_t fold, const double* center, double* first,
-                  double* second) {
+void block_reduce(const T* dy, const T* x, int64_t height, int64_t c, int64_t fold, const double* center, std::vector<double>& scratch,
+                  double* first, double* second) {
   const int64_t folded = height / fold, left = height % fold, width = c * fold;
   if (fold == 1 || folded == 0) {
     column_reduce(dy, x, height, c, center, first, second);
     return;
   }
   column_reduce(dy + folded * width, x + folded * width, left, c, center, first, second);
-  std::vector<double> centers(width), s(width), q(width);
-  for (int64_t f = 0; f < fold; ++f) std::copy_n(center, c, &centers[f * c]);
-  column_reduce(dy, x, folded, width, centers.data(), s.data(), q.data());
+  scratch.resize(3 * width);
+  double *centers = scratch.data(), *s = centers + width, *q = s + width;
+  for (int64_t f = 0; f < fold; ++f) std::copy_n(center, c, centers + f * c);
+  column_reduce(dy, x, folded, width, centers, s, q);
   for (int64_t f = 0; f < fold; ++f)
     for (int64_t j = 0; j < c; ++j) first[j] += s[f * c + j], second[j] += q[f * c + j];
 }
@@ -412,9 +419,10 @@ void channel_reduce(const T* dy, const T* x, Small center, SmallOut sum_dy, Smal
     const Blocks blocks(n, s, c);
     std::vector<double> first(blocks.count * c), second(blocks.count * c);
     parallel(blocks.count, 2 * blocks.elements(), [&](int64_t begin, int64_t end) {
+      std::vector<double> scratch;
       for (int64_t u = begin; u < end; ++u)
         block_reduce(dy + blocks.offset(u), x + blocks.offset(u), blocks.length(u), blocks.c, blocks.fold,
-                     center.sample(blocks.sample(u)), &first[u * blocks.c], &second[u * blocks.c]);
+                     center.sample(blocks.sample(u)), scratch, &first[u * blocks.c], &second[u * blocks.c]);
     });
     finish_sums(first, n, blocks.per_sample, c, sum_dy);
     finish_sums(second, n, blocks.per_sample, c, sum_dy_x);
@@ -423,11 +431,11 @@ void channel_reduce(const T* dy, const T* x, Small center, SmallOut sum_dy, Smal
   const int64_t segments = divide_up(s, kSegment);
   std::vector<double> first(n * c * segments), second(n * c * segments);
   parallel(n * c * segments, 2 * std::min(kSegment, s), [&, c = c, s = s](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
-      const int64_t row = u / segments, k = u % segments, at = (row / c * segments + k) * c + row % c, from = row * s + k * kSegment;
-      const Sums sums = run_reduce(dy + from, x + from, std::min(kSegment, (row + 1) * s - from), center.sample(row / c)[row % c]);
+    for_grid(begin, end, c, segments, [&](int64_t i, int64_t j, int64_t k) {
+      const int64_t at = (i * segments + k) * c + j, from = (i * c + j) * s + k * kSegment;
+      const Sums sums = run_reduce(dy + from, x + from, std::min(kSegment, s - k * kSegment), center.sample(i)[j]);
       first[at] = sums.first, second[at] = sums.second;
-    }
+    });
   });
   finish_sums(first, n, segments, c, sum_dy);
   finish_sums(second, n, segments, c, sum_dy_x);

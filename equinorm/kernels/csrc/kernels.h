@@ -19,6 +19,8 @@ constexpr int64_t kGrain = 32768;
 // (shift - mean)^2 <= count * variance, so at most 12 of a double's 53 bits cancel.
 constexpr int64_t kSegment = 4096;
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 int64_t threads();
 void run_parallel(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
 
@@ -33,6 +35,19 @@ void parallel(int64_t count, int64_t size, const Work& work) {
   run_parallel(
       count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Work*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&work)));
+}
+
+// Calls work(i, j, k) for the units begin <= u < end of a grid, where u = (i * width + j) * depth + k.
+template <class Work>
+void for_grid(int64_t begin, int64_t end, int64_t width, int64_t depth, const Work& work) {
+  int64_t k = begin % depth, j = begin / depth % width, i = begin / depth / width;
+  for (int64_t u = begin; u < end; ++u) {
+    work(i, j, k);
+    if (++k == depth) {
+      k = 0;
+      if (++j == width) j = 0, ++i;
+    }
+  }
 }
 
 // x: (n, c, s) in memory, or (n, s, c) when channels_last.

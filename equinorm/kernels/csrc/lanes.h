@@ -81,17 +81,34 @@ Vector<float, count> widen(const float16* from) {
 #endif
 }
 
+// Floats to doubles and back. (For AVX-512 spelled out: GCC would go by way of halves.)
+template <int64_t count>
+Vector<double, count> to_doubles(Vector<float, count> values) {
+#if defined(__AVX512F__)
+  if constexpr (count == 8) return (Vector<double, count>)_mm512_cvtps_pd((__m256)values);
+#endif
+  return __builtin_convertvector(values, Vector<double, count>);
+}
+
+template <int64_t count>
+Vector<float, count> to_floats(Vector<double, count> values) {
+#if defined(__AVX512F__)
+  if constexpr (count == 8) return (Vector<float, count>)_mm512_cvtpd_ps((__m512d)values);
+#endif
+  return __builtin_convertvector(values, Vector<float, count>);
+}
+
 // One vector of V from memory.
 template <class V, class T>
 V load(const T* from) {
   if constexpr (std::is_same_v<T, Scalar<V>>) {
     return read<V>(from);
   } else if constexpr (std::is_same_v<T, float>) {
-    return __builtin_convertvector((read<Vector<float, lanes<V>>>(from)), V);
-  } else if constexpr (std::is_same_v<V, Floats>) {
+    return to_doubles<lanes<V>>(read<Vector<float, lanes<V>>>(from));
+  } else if constexpr (std::is_same_v<Scalar<V>, float>) {
     return widen<lanes<V>>(from);
   } else {
-    return __builtin_convertvector(widen<lanes<V>>(from), V);
+    return to_doubles<lanes<V>>(widen<lanes<V>>(from));
   }
 }
 
@@ -125,10 +142,12 @@ void store(T* to, V values) {
   if constexpr (std::is_same_v<T, Scalar<V>>) {
     std::memcpy(to, &values, sizeof values);
   } else if constexpr (std::is_same_v<T, float>) {
-    const auto floats = __builtin_convertvector(values, Vector<float, lanes<V>>);
+    const auto floats = to_floats<lanes<V>>(values);
     std::memcpy(to, &floats, sizeof floats);
+  } else if constexpr (std::is_same_v<Scalar<V>, float>) {
+    narrow<lanes<V>>(to, values);
   } else {
-    narrow<lanes<V>>(to, __builtin_convertvector(values, Vector<float, lanes<V>>));
+    narrow<lanes<V>>(to, to_floats<lanes<V>>(values));
   }
 }
 
@@ -157,10 +176,11 @@ void store_part(T* to, V values, int64_t count) {
 
 template <class T>
 double load_one(const T* from) {
-  if constexpr (std::is_arithmetic_v<T>)
+  if constexpr (std::is_arithmetic_v<T>) {
     return *from;
-  else
-    return load_part<Floats>(from, 1)[0];
+  } else {
+    return load_last<Vector<float, 4>>(from, 1)[3];
+  }
 }
 
 // The lanes from `first` on; the others are 0.
@@ -172,24 +192,46 @@ V lanes_from(V values, int64_t first) {
   return index >= static_cast<Scalar<Index>>(first) ? values : V{};
 }
 
-// Sum of the lanes, as a tree.
 template <class V>
-Scalar<V> sum(V values) {
-  Scalar<V> part[lanes<V>];
-  store(part, values);
-  for (int64_t n = lanes<V> / 2; n > 0; n /= 2)
-    for (int64_t i = 0; i < n; ++i) part[i] += part[i + n];
-  return part[0];
+struct Halves {
+  using Half = Vector<Scalar<V>, lanes<V> / 2>;
+  Half low, high;
+};
+
+template <class V>
+Halves<V> halves(V v) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  if constexpr (lanes<V> == 16) return {__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)};
+  if constexpr (lanes<V> == 8) return {__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)};
+  if constexpr (lanes<V> == 4) return {__builtin_shufflevector(v, v, 0, 1), __builtin_shufflevector(v, v, 2, 3)};
+#endif
+  return std::bit_cast<Halves<V>>(v);
 }
 
-// The sum of the two halves of a vector of floats, in double.
-inline Doubles halves(Floats values) {
-  using Half = Vector<float, lanes<Doubles>>;
-  Half low, high;
-  std::memcpy(&low, &values, sizeof low);
-  std::memcpy(&high, reinterpret_cast<const char*>(&values) + sizeof low, sizeof high);
-  return __builtin_convertvector(low, Doubles) + __builtin_convertvector(high, Doubles);
+// Sum of the lanes, as a tree.
+template <class V>
+Scalar<V> sum(V v) {
+  if constexpr (lanes<V> == 2) {
+    return v[0] + v[1];
+  } else {
+    const auto [low, high] = halves(v);
+    return sum(low + high);
+  }
 }
-inline Doubles halves(Doubles values) { return values; }
+
+// The same sum with half the lanes, in double.
+inline Doubles half_sum(Floats v) {
+  const auto [low, high] = halves(v);
+  return to_doubles<lanes<Doubles>>(low) + to_doubles<lanes<Doubles>>(high);
+}
+inline Doubles half_sum(Doubles v) { return v; }
+
+// Adds a vector to as many doubles in memory.
+inline void add_to(double* to, Doubles v) { store(to, load<Doubles>(to) + v); }
+inline void add_to(double* to, Floats v) {
+  const auto [low, high] = halves(v);
+  add_to(to, to_doubles<lanes<Doubles>>(low));
+  add_to(to + lanes<Doubles>, to_doubles<lanes<Doubles>>(high));
+}
 
 }  // namespace equinorm

@@ -2,6 +2,7 @@
 //
 // A row is summed in segments of kSegment elements which are merged in order. One thread takes whole rows; when there are few long
 // rows their pieces are shared out, with the same borders and the same order of merging, so with the same bits.
+#include <numeric>
 #include <vector>
 
 #include "runs.h"
@@ -11,63 +12,60 @@ namespace {
 
 constexpr int64_t kParts = 32;  // pieces of the batch over which parameter gradients are summed apart, then merged in order
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Whether pieces rather than rows are shared out. Decides about speed only.
 bool split_rows(int64_t rows, int64_t length) { return length >= 2 * kSegment && threads() > 1 && rows < 4 * threads(); }
 
-// A row as pieces: with parameters per column (s == 1) up to kSegment columns, with parameters per channel (s > 1) up to kSegment
-// elements of one channel.
-struct Pieces {
-  int64_t stretch, per_channel, count, size;
-  explicit Pieces(const Rows& shape) {
-    stretch = shape.s > 1 ? shape.s : shape.k;
-    per_channel = divide_up(stretch, kSegment);
-    count = (shape.s > 1 ? shape.k : 1) * per_channel;
-    size = std::min(stretch, kSegment);
-  }
-  int64_t channel(int64_t piece) const { return piece / per_channel; }
-  int64_t within(int64_t piece) const { return piece % per_channel * kSegment; }
-  int64_t begin(int64_t piece) const { return channel(piece) * stretch + within(piece); }
-  int64_t length(int64_t piece) const { return std::min(kSegment, stretch - within(piece)); }
+// Part of a row: up to kSegment elements with parameters per column (s == 1) or of one channel (s > 1).
+struct Piece {
+  int64_t begin, count, parameter;  // parameter: of the first element, counted from the group's first
 };
 
-// Runs measure(row, piece) for all pieces, then merge(row), then finish(row, piece), a row at a time while it is in the cache.
+std::vector<Piece> pieces_of(const Rows& shape) {
+  std::vector<Piece> pieces;
+  const bool columns = shape.s == 1;
+  const int64_t stretch = columns ? shape.k : shape.s;
+  for (int64_t channel = 0; channel < (columns ? 1 : shape.k); ++channel)
+    for (int64_t at = 0; at < stretch; at += kSegment)
+      pieces.push_back({channel * stretch + at, std::min(kSegment, stretch - at), columns ? at : channel});
+  return pieces;
+}
+
+// Runs measure(row, group, i) for all i < `measures`, then merge(row, group), then finish(row, group, i) for all i < `finishes`: one
+// row after the other, each while it is in the cache.
 template <class Measure, class Merge, class Finish>
-void by_rows(int64_t rows, int64_t length, int64_t measured_pieces, int64_t pieces, const Measure& measure, const Merge& merge,
-             const Finish& finish) {
-  const bool split = split_rows(rows, length);
-  const auto each = [&](int64_t count, const auto& work) {
-    parallel(rows * count, length / count, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) work(u / count, u % count);
-    });
-  };
-  if (split) {
-    each(measured_pieces, measure);
-    for (int64_t row = 0; row < rows; ++row) merge(row);
-    each(pieces, finish);
+void by_rows(const Rows& shape, int64_t measures, int64_t finishes, const Measure& measure, const Merge& merge, const Finish& finish) {
+  if (split_rows(shape.rows, shape.length())) {
+    const auto each = [&](int64_t count, const auto& work) {
+      parallel(shape.rows * count, shape.length() / count, [&](int64_t begin, int64_t end) {
+        for_grid(begin, end, shape.groups, count, [&](int64_t n, int64_t g, int64_t i) { work(n * shape.groups + g, g, i); });
+      });
+    };
+    each(measures, measure);
+    for_grid(0, shape.rows, shape.groups, 1, [&](int64_t n, int64_t g, int64_t) { merge(n * shape.groups + g, g); });
+    each(finishes, finish);
     return;
   }
-  parallel(rows, length, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t k = 0; k < measured_pieces; ++k) measure(row, k);
-      merge(row);
-      for (int64_t piece = 0; piece < pieces; ++piece) finish(row, piece);
-    }
+  parallel(shape.rows, shape.length(), [&](int64_t begin, int64_t end) {
+    for_grid(begin, end, shape.groups, 1, [&](int64_t n, int64_t g, int64_t) {
+      const int64_t row = n * shape.groups + g;
+      for (int64_t i = 0; i < measures; ++i) measure(row, g, i);
+      merge(row, g);
+      for (int64_t i = 0; i < finishes; ++i) finish(row, g, i);
+    });
   });
 }
 
 // Parameters per column, in both arithmetics; floats only where all of them are moderate enough.
-struct ColumnParameters {
+struct ParameterRow {
   const double* doubles;
   std::vector<float> floats;
-  ColumnParameters(const double* values, int64_t count, bool cut) : doubles(values) {
+  ParameterRow(const double* values, int64_t count, bool cut) : doubles(values) {
     if (!values || !cut) return;
     for (int64_t i = 0; i < count; ++i)
       if (!(std::abs(values[i]) <= kLargest)) return;
     floats.assign(values, values + count);
   }
-  bool fit_floats() const { return !doubles || !floats.empty(); }
+  bool narrow() const { return !doubles || !floats.empty(); }
   template <class V>
   const Scalar<V>* at(int64_t i) const {
     if constexpr (std::is_same_v<V, Floats>)
@@ -86,7 +84,7 @@ struct Standard {
     Scalar<V> p[3];
     const double parameters[] = {mean, rstd, 0};
     if constexpr (std::is_same_v<V, Floats>) {
-      fit = to_floats<AffineMap>(parameters, p);
+      fit = fit_floats<AffineMap>(parameters, p);
     } else {
       std::copy_n(parameters, 3, p);
       fit = true;
@@ -112,10 +110,10 @@ void for_vectors(int64_t count, const Body& body) {
 
 // y = h * weight + bias with a weight and a bias for each column.
 template <class V, class T>
-bool normalize_columns(const T* x, T* y, int64_t count, double mean, double rstd, const ColumnParameters& weight,
-                       const ColumnParameters& bias, int64_t p) {
+bool normalize_columns(const T* x, T* y, int64_t count, double mean, double rstd, const ParameterRow& weight,
+                       const ParameterRow& bias, int64_t p) {
   const Standard<V> h(mean, rstd);
-  if (!h.fit || !(std::is_same_v<V, Doubles> || (weight.fit_floats() && bias.fit_floats()))) return false;
+  if (!h.fit || !(std::is_same_v<V, Doubles> || (weight.narrow() && bias.narrow()))) return false;
   const auto *w = weight.at<V>(p), *b = bias.at<V>(p);
   for_vectors<V>(count, [&](const auto& get, const auto& put) { put(y, h(get(x)) * get(w) + get(b)); });
   return true;
@@ -125,15 +123,15 @@ bool normalize_columns(const T* x, T* y, int64_t count, double mean, double rstd
 
 template <class T>
 void row_forward(const T* x, const double* weight, const double* bias, T* y, double* mean, double* rstd, Rows shape, double eps) {
-  const Pieces pieces(shape);
+  const std::vector<Piece> pieces = pieces_of(shape);
   const int64_t segments = divide_up(shape.measured, kSegment);
   const auto length = [&](int64_t k) { return std::min(kSegment, shape.measured - k * kSegment); };
   std::vector<double> means(shape.rows * segments), squares(shape.rows * segments);
   const bool columns = shape.s == 1 && weight;
-  const ColumnParameters w(columns ? weight : nullptr, shape.parameters(), in_float<T>);
-  const ColumnParameters b(columns ? bias : nullptr, shape.parameters(), in_float<T>);
+  const ParameterRow w(columns ? weight : nullptr, shape.parameters(), in_float<T>);
+  const ParameterRow b(columns ? bias : nullptr, shape.parameters(), in_float<T>);
 
-  const auto measure = [&](int64_t row, int64_t k) {
+  const auto measure = [&](int64_t row, int64_t, int64_t k) {
     const T* const from = x + row * shape.length() + k * kSegment;
     const int64_t at = row * segments + k;
     if (shape.centered)
@@ -141,30 +139,27 @@ void row_forward(const T* x, const double* weight, const double* bias, T* y, dou
     else
       squares[at] = run_squares(from, length(k));
   };
-  const auto merge = [&](int64_t row) {
+  const auto merge = [&](int64_t row, int64_t) {
     const double *m = &means[row * segments], *q = &squares[row * segments];
-    double total = 0;
-    mean[row] = 0;
-    if (shape.centered)
-      pool(m, q, segments, 1, 1, [&](int64_t k) { return static_cast<double>(length(k)); }, &mean[row], &total);
-    else
-      for (int64_t k = 0; k < segments; ++k) total += q[k];
-    rstd[row] = 1 / std::sqrt(total / static_cast<double>(shape.measured) + eps);
+    double center = m[0], total = q[0];
+    if (segments > 1 && shape.centered) pool(m, q, segments, 1, 1, [&](int64_t k) { return double(length(k)); }, &center, &total);
+    if (segments > 1 && !shape.centered) total = std::accumulate(q, q + segments, 0.0);
+    mean[row] = center;
+    rstd[row] = 1 / std::sqrt(total * (1.0 / shape.measured) + eps);
   };
-  const auto finish = [&](int64_t row, int64_t piece) {
-    const int64_t at = row * shape.length() + pieces.begin(piece), count = pieces.length(piece), first = row % shape.groups * shape.k;
+  const auto finish = [&](int64_t row, int64_t group, int64_t i) {
+    const auto [begin, count, parameter] = pieces[i];
+    const int64_t at = row * shape.length() + begin, p = group * shape.k + parameter;
     if (columns) {
-      const int64_t p = first + pieces.within(piece);
       if constexpr (in_float<T>)
         if (normalize_columns<Floats>(x + at, y + at, count, mean[row], rstd[row], w, b, p)) return;
       normalize_columns<Doubles>(x + at, y + at, count, mean[row], rstd[row], w, b, p);
       return;
     }
-    const int64_t p = first + pieces.channel(piece);
     const double parameters[] = {mean[row], weight ? rstd[row] * weight[p] : rstd[row], bias ? bias[p] : 0};
     apply_run<AffineMap>(x + at, x + at, y + at, count, parameters);
   };
-  by_rows(shape.rows, shape.length(), segments, pieces.count, measure, merge, finish);
+  by_rows(shape, segments, static_cast<int64_t>(pieces.size()), measure, merge, finish);
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------------------
@@ -187,49 +182,49 @@ Flow flow(const Rows& shape, Sums sums) {
 template <class T>
 void backward_channels(const T* dy, const T* x, const double* weight, const double* mean, const double* rstd, T* dx, double* dweight,
                        double* dbias, const Rows& shape) {
-  const Pieces pieces(shape);
-  const int64_t parameters = shape.parameters(), samples = shape.rows / shape.groups;
-  std::vector<Sums> sums(shape.rows * pieces.count), channels(shape.rows * shape.k);
+  const std::vector<Piece> pieces = pieces_of(shape);
+  const int64_t parameters = shape.parameters(), count = static_cast<int64_t>(pieces.size());
+  std::vector<Sums> sums(shape.rows * count), channels(dweight ? shape.rows * shape.k : 0);
   std::vector<Flow> flows(shape.rows);
-  const auto measure = [&](int64_t row, int64_t piece) {
-    const int64_t at = row * shape.length() + pieces.begin(piece);
-    sums[row * pieces.count + piece] = run_reduce(dy + at, x + at, pieces.length(piece), mean[row]);
+  const auto measure = [&](int64_t row, int64_t, int64_t i) {
+    const int64_t at = row * shape.length() + pieces[i].begin;
+    sums[row * count + i] = run_reduce(dy + at, x + at, pieces[i].count, mean[row]);
   };
-  const auto merge = [&](int64_t row) {
+  const auto merge = [&](int64_t row, int64_t group) {
     Sums total{0, 0};
-    for (int64_t j = 0; j < pieces.count / pieces.per_channel; ++j) {
-      Sums channel{0, 0};
-      for (int64_t i = 0; i < pieces.per_channel; ++i) {
-        const Sums& part = sums[row * pieces.count + j * pieces.per_channel + i];
-        channel.first += part.first, channel.second += part.second;
-      }
-      channel.second *= rstd[row];
-      const double w = weight ? weight[row % shape.groups * shape.k + j] : 1;
-      total.first += w * channel.first, total.second += w * channel.second;
-      channels[row * shape.k + j] = channel;
+    for (int64_t i = 0; i < count; ++i) {
+      const Sums part{sums[row * count + i].first, sums[row * count + i].second * rstd[row]};
+      const double w = weight ? weight[group * shape.k + pieces[i].parameter] : 1;
+      total.first += w * part.first, total.second += w * part.second;
+      if (!dweight) continue;
+      Sums& channel = channels[row * shape.k + pieces[i].parameter];
+      channel.first += part.first, channel.second += part.second;
     }
     flows[row] = flow(shape, total);
   };
-  const auto finish = [&](int64_t row, int64_t piece) {
-    const int64_t begin = pieces.begin(piece), count = pieces.length(piece), at = row * shape.length() + begin;
-    const int64_t measured = std::clamp<int64_t>(shape.measured - begin, 0, count);
-    const double w = weight ? weight[row % shape.groups * shape.k + pieces.channel(piece)] : 1, r = rstd[row];
+  const auto finish = [&](int64_t row, int64_t group, int64_t i) {
+    const auto [begin, count, parameter] = pieces[i];
+    const int64_t at = row * shape.length() + begin, measured = std::clamp<int64_t>(shape.measured - begin, 0, count);
+    const double r = rstd[row], w = weight ? weight[group * shape.k + parameter] : 1;
     const double inside[] = {mean[row], r * w, -r * r * flows[row].slope, -r * flows[row].constant}, outside[] = {0, r * w, 0, 0};
-    apply_run<BackwardMap>(x + at, dy + at, dx + at, measured, inside);
-    apply_run<BackwardMap>(x + at + measured, dy + at + measured, dx + at + measured, count - measured, outside);
+    if (measured > 0) apply_run<BackwardMap>(x + at, dy + at, dx + at, measured, inside);
+    if (measured < count) apply_run<BackwardMap>(x + at + measured, dy + at + measured, dx + at + measured, count - measured, outside);
   };
-  by_rows(shape.rows, shape.length(), pieces.count, pieces.count, measure, merge, finish);
+  by_rows(shape, count, count, measure, merge, finish);
   if (!dweight) return;
   std::fill_n(dweight, parameters, 0.0), std::fill_n(dbias, parameters, 0.0);
-  for (int64_t n = 0; n < samples; ++n)
-    for (int64_t p = 0; p < parameters; ++p) dweight[p] += channels[n * parameters + p].second, dbias[p] += channels[n * parameters + p].first;
+  for (int64_t row = 0; row < shape.rows; row += shape.groups)
+    for (int64_t p = 0; p < parameters; ++p) {
+      const Sums& channel = channels[row * shape.k + p];
+      dweight[p] += channel.second, dbias[p] += channel.first;
+    }
 }
 
 // Sums of g and g * h over some columns, in V; false if V is not exact enough.
 template <class V, class T>
-bool reduce_columns(const T* dy, const T* x, int64_t count, double mean, double rstd, const ColumnParameters& weight, int64_t p, Sums& out) {
+bool reduce_columns(const T* dy, const T* x, int64_t count, double mean, double rstd, const ParameterRow& weight, int64_t p, Sums& out) {
   const Standard<V> h(mean, rstd);
-  if (!h.fit || !(std::is_same_v<V, Doubles> || weight.fit_floats())) return false;
+  if (!h.fit || !(std::is_same_v<V, Doubles> || weight.narrow())) return false;
   const auto* w = weight.at<V>(p);
   out = run_sums<V>(count, [&](const auto& get) {
     const V g = get(dy) * get(w);
@@ -240,7 +235,7 @@ bool reduce_columns(const T* dy, const T* x, int64_t count, double mean, double 
 
 // dx of some columns; adds dy * h and dy to their running sums.
 template <class V, class T, class Running>
-void finish_columns(const T* dy, const T* x, T* dx, int64_t count, double mean, double rstd, const ColumnParameters& weight, int64_t p,
+void finish_columns(const T* dy, const T* x, T* dx, int64_t count, double mean, double rstd, const ParameterRow& weight, int64_t p,
                     Flow flow, Running* dweight, Running* dbias) {
   const Standard<V> standard(mean, rstd);
   const V constant = splat<V>(flow.constant), slope = splat<V>(flow.slope), scale = splat<V>(rstd);
@@ -253,88 +248,91 @@ void finish_columns(const T* dy, const T* x, T* dx, int64_t count, double mean, 
   });
 }
 
-// Parameters per column. Their gradients are sums down the rows: over each part of the batch apart, in float for up to kChain samples
-// and then in double, and over the parts in order.
+// Sums down the rows for the gradients of some columns' parameters: in float for a few samples, then handed over to doubles.
+struct Running {
+  int64_t apart;
+  std::vector<float> values;
+  // The two halves are not a multiple of 4096 bytes apart: processors take addresses that are for the same when they check loads
+  // against earlier stores.
+  explicit Running(int64_t count) : apart(divide_up(count, 1024) * 1024 + 512), values(2 * apart) {}
+  float* weight() { return values.data(); }
+  float* bias() { return values.data() + apart; }
+  void hand_over(double* dweight, double* dbias, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) dweight[i] += weight()[i], dbias[i] += bias()[i];
+    std::fill(values.begin(), values.end(), 0.0f);
+  }
+};
+
+// Parameters per column. Their gradients are summed over each part of the batch apart, and then over the parts in order.
 template <class T>
 void backward_columns(const T* dy, const T* x, const double* weight, const double* mean, const double* rstd, T* dx, double* dweight,
                       double* dbias, const Rows& shape) {
-  const Pieces pieces(shape);
-  const ColumnParameters w(weight, shape.parameters(), in_float<T>);
-  const int64_t parameters = shape.parameters(), samples = shape.rows / shape.groups;
+  const std::vector<Piece> pieces = pieces_of(shape);
+  const ParameterRow w(weight, shape.parameters(), in_float<T>);
+  const int64_t parameters = shape.parameters(), samples = shape.rows / shape.groups, count = static_cast<int64_t>(pieces.size());
   const int64_t height = divide_up(samples, kParts), parts = divide_up(samples, height);
   std::vector<double> sums_weight(parts * parameters), sums_bias(parts * parameters);
-  std::vector<Sums> sums(shape.rows * pieces.count);
-  std::vector<char> narrow(shape.rows * pieces.count);
+  std::vector<Sums> sums(shape.rows * count);
+  std::vector<char> narrow(shape.rows * count);
 
-  const auto measure = [&](int64_t row, int64_t piece) {
-    const int64_t at = row * shape.length() + pieces.begin(piece), p = row % shape.groups * shape.k + pieces.within(piece);
-    const int64_t slot = row * pieces.count + piece, count = pieces.length(piece);
+  const auto measure = [&](int64_t row, int64_t group, int64_t i) {
+    const int64_t at = row * shape.length() + pieces[i].begin, p = group * shape.k + pieces[i].parameter, slot = row * count + i;
     if constexpr (in_float<T>)
-      narrow[slot] = count >= lanes<Floats> && reduce_columns<Floats>(dy + at, x + at, count, mean[row], rstd[row], w, p, sums[slot]);
-    if (!narrow[slot]) reduce_columns<Doubles>(dy + at, x + at, count, mean[row], rstd[row], w, p, sums[slot]);
+      narrow[slot] = pieces[i].count >= lanes<Floats> &&
+                     reduce_columns<Floats>(dy + at, x + at, pieces[i].count, mean[row], rstd[row], w, p, sums[slot]);
+    if (!narrow[slot]) reduce_columns<Doubles>(dy + at, x + at, pieces[i].count, mean[row], rstd[row], w, p, sums[slot]);
   };
   const auto merge = [&](int64_t row) {
     Sums total{0, 0};
-    for (int64_t i = 0; i < pieces.count; ++i)
-      total.first += sums[row * pieces.count + i].first, total.second += sums[row * pieces.count + i].second;
+    for (int64_t i = 0; i < count; ++i) total.first += sums[row * count + i].first, total.second += sums[row * count + i].second;
     return flow(shape, total);
   };
-  // running: float sums for dweight, then for dbias, of the parameters from `origin` on.
-  const auto finish = [&](int64_t row, int64_t piece, Flow sent, float* running_weight, float* running_bias, int64_t origin) {
-    const int64_t part = row / shape.groups / height, first = row % shape.groups * shape.k;
-    const int64_t measured = std::clamp<int64_t>(shape.measured - pieces.begin(piece), 0, pieces.length(piece));
-    const auto stretch = [&](int64_t skip, int64_t count, Flow sent) {
-      const int64_t at = row * shape.length() + pieces.begin(piece) + skip, p = first + pieces.within(piece) + skip;
+  // `running` holds the sums of the parameters from `origin` on.
+  const auto finish = [&](int64_t n, int64_t group, int64_t i, Flow sent, Running& running, int64_t origin) {
+    const int64_t row = n * shape.groups + group, measured = std::clamp<int64_t>(shape.measured - pieces[i].begin, 0, pieces[i].count);
+    const auto stretch = [&](int64_t skip, int64_t length, Flow sent) {
+      const int64_t at = row * shape.length() + pieces[i].begin + skip, p = group * shape.k + pieces[i].parameter + skip;
       if constexpr (in_float<T>)
-        if (narrow[row * pieces.count + piece] && std::abs(sent.constant) <= kLargest && std::abs(sent.slope) <= kLargest)
-          return finish_columns<Floats>(dy + at, x + at, dx + at, count, mean[row], rstd[row], w, p, sent, running_weight + p - origin,
-                                        running_bias + p - origin);
-      finish_columns<Doubles>(dy + at, x + at, dx + at, count, mean[row], rstd[row], w, p, sent, &sums_weight[part * parameters + p],
-                              &sums_bias[part * parameters + p]);
+        if (narrow[row * count + i] && std::abs(sent.constant) <= kLargest && std::abs(sent.slope) <= kLargest)
+          return finish_columns<Floats>(dy + at, x + at, dx + at, length, mean[row], rstd[row], w, p, sent, running.weight() + p - origin,
+                                        running.bias() + p - origin);
+      const int64_t slot = n / height * parameters + p;
+      finish_columns<Doubles>(dy + at, x + at, dx + at, length, mean[row], rstd[row], w, p, sent, &sums_weight[slot], &sums_bias[slot]);
     };
-    stretch(0, measured, sent);
-    stretch(measured, pieces.length(piece) - measured, {0, 0});
+    if (measured > 0) stretch(0, measured, sent);
+    if (measured < pieces[i].count) stretch(measured, pieces[i].count - measured, {0, 0});
   };
-  const auto hand_over = [&](float* running, double* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] += running[i];
-    std::fill_n(running, count, 0.0f);
-  };
-  const auto last_of_chain = [&](int64_t sample) { return sample % height % kChain == kChain - 1 || sample % height == height - 1 || sample == samples - 1; };
+  const auto chain_ends = [&](int64_t n) { return n % height % kChain == kChain - 1 || n % height == height - 1 || n == samples - 1; };
 
   if (split_rows(shape.rows, shape.length())) {
     std::vector<Flow> flows(shape.rows);
-    parallel(shape.rows * pieces.count, 2 * pieces.size, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) measure(u / pieces.count, u % pieces.count);
+    parallel(shape.rows * count, 2 * kSegment, [&](int64_t begin, int64_t end) {
+      for_grid(begin, end, shape.groups, count, [&](int64_t n, int64_t g, int64_t i) { measure(n * shape.groups + g, g, i); });
     });
     for (int64_t row = 0; row < shape.rows; ++row) flows[row] = merge(row);
     // One unit is one piece of one group in all samples of a part.
-    const int64_t strips = shape.groups * pieces.count;
-    parallel(parts * strips, 2 * height * pieces.size, [&](int64_t begin, int64_t end) {
-      std::vector<float> running_weight(pieces.size), running_bias(pieces.size);
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t part = u / strips, group = u % strips / pieces.count, piece = u % pieces.count;
-        const int64_t p = group * shape.k + pieces.within(piece), count = pieces.length(piece);
+    parallel(parts * shape.groups * count, 2 * height * kSegment, [&](int64_t begin, int64_t end) {
+      Running running(kSegment);
+      for_grid(begin, end, shape.groups, count, [&](int64_t part, int64_t group, int64_t i) {
+        const int64_t p = group * shape.k + pieces[i].parameter, slot = part * parameters + p;
         for (int64_t n = part * height; n < std::min(samples, (part + 1) * height); ++n) {
-          const int64_t row = n * shape.groups + group;
-          finish(row, piece, flows[row], running_weight.data(), running_bias.data(), p);
-          if (!last_of_chain(n)) continue;
-          hand_over(running_weight.data(), &sums_weight[part * parameters + p], count);
-          hand_over(running_bias.data(), &sums_bias[part * parameters + p], count);
+          finish(n, group, i, flows[n * shape.groups + group], running, p);
+          if (chain_ends(n)) running.hand_over(&sums_weight[slot], &sums_bias[slot], pieces[i].count);
         }
-      }
+      });
     });
   } else {
     parallel(parts, 2 * height * parameters, [&](int64_t begin, int64_t end) {
-      std::vector<float> running_weight(parameters), running_bias(parameters);
+      Running running(parameters);
       for (int64_t n = begin * height; n < std::min(samples, end * height); ++n) {
-        for (int64_t row = n * shape.groups; row < (n + 1) * shape.groups; ++row) {
-          for (int64_t piece = 0; piece < pieces.count; ++piece) measure(row, piece);
+        for (int64_t group = 0; group < shape.groups; ++group) {
+          const int64_t row = n * shape.groups + group;
+          for (int64_t i = 0; i < count; ++i) measure(row, group, i);
           const Flow sent = merge(row);
-          for (int64_t piece = 0; piece < pieces.count; ++piece) finish(row, piece, sent, running_weight.data(), running_bias.data(), 0);
+          for (int64_t i = 0; i < count; ++i) finish(n, group, i, sent, running, 0);
         }
-        if (!last_of_chain(n)) continue;
-        hand_over(running_weight.data(), &sums_weight[n / height * parameters], parameters);
-        hand_over(running_bias.data(), &sums_bias[n / height * parameters], parameters);
+        const int64_t slot = n / height * parameters;
+        if (chain_ends(n)) running.hand_over(&sums_weight[slot], &sums_bias[slot], parameters);
       }
     });
   }

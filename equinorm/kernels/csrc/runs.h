@@ -24,7 +24,7 @@ constexpr double kLargest = 0x1p100, kSmallest = 0x1p-100;
 template <class T>
 constexpr bool in_float = !std::is_same_v<T, double>;
 
-inline bool moderate(double value) { return value == 0 || (std::abs(value) >= kSmallest && std::abs(value) <= kLargest); }
+inline bool moderate(double value) { return (value == 0) | ((std::abs(value) >= kSmallest) & (std::abs(value) <= kLargest)); }
 
 struct Sums {
   double first, second;
@@ -32,53 +32,51 @@ struct Sums {
 
 // Sums a pair of terms over `count` elements. term(get) forms the pair from vectors it gets by get(pointer to the first element).
 template <class V, class Term>
-Sums run_sums(int64_t count, const Term& term) {
+[[gnu::always_inline]] inline Sums run_sums(int64_t count, const Term& term) {
   constexpr int64_t L = lanes<V>;
-  constexpr int kAccumulators = 4;
   Doubles first{}, second{};
   int64_t i = 0;
+  const auto add = [&](int64_t at, V& s, V& q) __attribute__((always_inline)) {
+    const auto [f, g] = term([&](const auto* p) { return load<V>(p + at); });
+    s += f, q += g;
+  };
   while (i < count) {
-    V s[kAccumulators]{}, q[kAccumulators]{};
-    for (int link = 0; link < kChain && i + kAccumulators * L <= count; ++link, i += kAccumulators * L)
-      for (int a = 0; a < kAccumulators; ++a) {
-        const auto [f, g] = term([&](const auto* p) { return load<V>(p + i + a * L); });
-        s[a] += f, q[a] += g;
-      }
-    if (i + kAccumulators * L > count) {
-      for (int a = 0; a < kAccumulators - 1 && i + L <= count; ++a, i += L) {
-        const auto [f, g] = term([&](const auto* p) { return load<V>(p + i); });
-        s[a] += f, q[a] += g;
-      }
+    V s0{}, s1{}, s2{}, s3{}, q0{}, q1{}, q2{}, q3{};
+    for (const int64_t end = std::min(count, i + kChain * 4 * L); i + 4 * L <= end; i += 4 * L)
+      add(i, s0, q0), add(i + L, s1, q1), add(i + 2 * L, s2, q2), add(i + 3 * L, s3, q3);
+    if (i + 4 * L > count) {
+      for (; i + L <= count; i += L) add(i, s0, q0);
       if (i < count) {
         // The last vector reaches back over elements that are already in the sum; its lanes from `old` on are new.
         const int64_t old = L - (count - i);
         const auto [f, g] = count >= L ? term([&](const auto* p) { return load<V>(p + count - L); })
                                        : term([&](const auto* p) { return load_last<V>(p, count); });
-        s[kAccumulators - 1] += lanes_from(f, old), q[kAccumulators - 1] += lanes_from(g, old);
+        s1 += lanes_from(f, old), q1 += lanes_from(g, old);
         i = count;
       }
     }
-    first += halves((s[0] + s[1]) + (s[2] + s[3]));
-    second += halves((q[0] + q[1]) + (q[2] + q[3]));
+    first += half_sum((s0 + s1) + (s2 + s3));
+    second += half_sum((q0 + q1) + (q2 + q3));
   }
   return {sum(first), sum(second)};
 }
 
 // ---- moments ------------------------------------------------------------------------------------------------------------------
 
-// Squared deviations about a shift -> about the mean. A NaN stays one; rounding below zero does not.
-inline double about_mean(Sums sums, double count) {
-  const double result = sums.second - sums.first * (sums.first / count);
-  return result < 0 ? 0 : result;
+// Mean and squared deviations from sums about a shift. A NaN stays one; rounding below zero does not.
+inline void from_sums(double shift, Sums sums, int64_t count, double& mean, double& squares) {
+  const double step = sums.first * (1.0 / count), deviations = sums.second - sums.first * step;
+  mean = shift + step;
+  squares = deviations < 0 ? 0 : deviations;
 }
 
 // Whether float sums about a shift are exact enough: the shift is within two standard deviations of the mean, and squares are moderate.
-inline bool shift_held(Sums sums, double squares, double count) {
-  return sums.first * sums.first <= 4 * count * squares && squares >= kSmallest * count && squares <= kLargest;
+inline bool shift_held(double sum, double squares, double count) {
+  return (sum * sum <= 4 * count * squares) & (squares >= kSmallest * count) & (squares <= kLargest);
 }
 
 template <class V, class T>
-Sums shifted_sums(const T* x, int64_t count, double shift) {
+[[gnu::always_inline]] inline Sums shifted_sums(const T* x, int64_t count, double shift) {
   const V k = splat<V>(shift);
   return run_sums<V>(count, [&](const auto& get) {
     const V d = get(x) - k;
@@ -86,29 +84,36 @@ Sums shifted_sums(const T* x, int64_t count, double shift) {
   });
 }
 
-// Mean and squared deviations of 1 <= count <= kSegment elements.
 template <class T>
-void run_moments(const T* x, int64_t count, double& mean, double& squares) {
-  constexpr int64_t L = lanes<Floats>;
-  if constexpr (in_float<T>) {
-    if (count >= L) {
-      const int64_t step = count / L / 4 * L;  // vectors from all over the run: neighbours are alike
-      const Floats sample = (load<Floats>(x) + load<Floats>(x + step)) + (load<Floats>(x + 2 * step) + load<Floats>(x + 3 * step));
-      const double shift = sum(sample) / (4 * L);
-      const Sums sums = shifted_sums<Floats>(x, count, shift);
-      mean = shift + sums.first / count;
-      squares = about_mean(sums, count);
-      if (shift_held(sums, squares, count)) return;
-    }
-  }
+[[gnu::noinline]] void run_moments_in_double(const T* x, int64_t count, double& mean, double& squares) {
   double shift = load_one(x);
   Sums sums = shifted_sums<Doubles>(x, count, shift);
   if constexpr (!in_float<T>) {  // no digits to spare: shift by the mean, so that nothing cancels
     shift += sums.first / count;
     sums = shifted_sums<Doubles>(x, count, shift);
   }
-  mean = shift + sums.first / count;
-  squares = about_mean(sums, count);
+  from_sums(shift, sums, count, mean, squares);
+}
+
+// Mean and squared deviations of 1 <= count <= kSegment elements.
+template <class T>
+void run_moments(const T* x, int64_t count, double& mean, double& squares) {
+  if constexpr (in_float<T>) {
+    if (count >= lanes<Floats>) {
+      const int64_t step = count / 4;  // elements from all over the run: neighbours are alike
+      const float shift = static_cast<float>(
+          0.25 * ((load_one(x + step / 2) + load_one(x + step / 2 + step)) + (load_one(x + count - 1 - step) + load_one(x + count - 1))));
+      const Sums sums = shifted_sums<Floats>(x, count, shift);
+      from_sums(shift, sums, count, mean, squares);
+      if (shift_held(sums.first, squares, count)) return;
+    }
+  }
+  run_moments_in_double(x, count, mean, squares);
+}
+
+template <class T>
+[[gnu::noinline]] double run_squares_in_double(const T* x, int64_t count) {
+  return shifted_sums<Doubles>(x, count, 0).second;
 }
 
 // Sum of squares.
@@ -118,15 +123,14 @@ double run_squares(const T* x, int64_t count) {
     const double squares = shifted_sums<Floats>(x, count, 0).second;
     if (squares >= kSmallest * count && squares <= kLargest) return squares;
   }
-  return shifted_sums<Doubles>(x, count, 0).second;
+  return run_squares_in_double(x, count);
 }
 
 // Pools `parts` rows of means and squared deviations, `stride` apart, `width` columns each; part p holds count(p) values.
 template <class Count>
 void pool(const double* means, const double* squares, int64_t parts, int64_t stride, int64_t width, const Count& count, double* mean,
           double* square) {
-  std::copy_n(means, width, mean);
-  std::copy_n(squares, width, square);
+  for (int64_t j = 0; j < width; ++j) mean[j] = means[j], square[j] = squares[j];
   if (parts == 1) return;
   double total = 0;
   for (int64_t p = 0; p < parts; ++p) total += count(p);
@@ -147,11 +151,11 @@ void pool(const double* means, const double* squares, int64_t parts, int64_t str
 
 // Whether float sums of dy and dy * (x - center) stand: nothing overflowed, and no product vanished that is not far below the sum.
 inline bool reduction_held(Sums sums, double count) {
-  return std::abs(sums.second) >= kSmallest * count && std::abs(sums.second) <= kLargest && std::abs(sums.first) <= kLargest;
+  return (std::abs(sums.second) >= kSmallest * count) & (std::abs(sums.second) <= kLargest) & (std::abs(sums.first) <= kLargest);
 }
 
 template <class V, class T>
-Sums reduce_about(const T* dy, const T* x, int64_t count, double center) {
+[[gnu::always_inline]] inline Sums reduce_about(const T* dy, const T* x, int64_t count, double center) {
   const double held = static_cast<Scalar<V>>(center);
   const V k = splat<V>(held);
   Sums sums = run_sums<V>(count, [&](const auto& get) {
@@ -160,6 +164,11 @@ Sums reduce_about(const T* dy, const T* x, int64_t count, double center) {
   });
   if (held != center) sums.second += (held - center) * sums.first;
   return sums;
+}
+
+template <class T>
+[[gnu::noinline]] Sums run_reduce_in_double(const T* dy, const T* x, int64_t count, double center) {
+  return reduce_about<Doubles>(dy, x, count, center);
 }
 
 // Sums of dy and of dy * (x - center).
@@ -171,7 +180,7 @@ Sums run_reduce(const T* dy, const T* x, int64_t count, double center) {
       if (reduction_held(sums, count)) return sums;
     }
   }
-  return reduce_about<Doubles>(dy, x, count, center);
+  return run_reduce_in_double(dy, x, count, center);
 }
 
 // ---- maps ---------------------------------------------------------------------------------------------------------------------
@@ -182,9 +191,12 @@ struct AffineMap {
   static constexpr bool kGradient = false;
   static constexpr double kConstant = 8;  // a larger shift may cancel digits of the product, which only double has to spare
   template <class V>
-  static V apply(V x, V, const V* p) {
-    return (x - p[0]) * p[1] + p[2];
-  }
+  struct In {
+    V center, scale, shift;
+    template <class Get>
+    explicit In(const Get& get) : center(get(0)), scale(get(1)), shift(get(2)) {}
+    V operator()(V x, V) const { return (x - center) * scale + shift; }
+  };
 };
 
 // dx = scale * dy + slope * (x - center) + offset
@@ -193,63 +205,80 @@ struct BackwardMap {
   static constexpr bool kGradient = true;
   static constexpr double kConstant = kLargest;
   template <class V>
-  static V apply(V x, V dy, const V* p) {
-    return p[1] * dy + (p[2] * (x - p[0]) + p[3]);
-  }
+  struct In {
+    V center, scale, slope, offset;
+    template <class Get>
+    explicit In(const Get& get) : center(get(0)), scale(get(1)), slope(get(2)), offset(get(3)) {}
+    V operator()(V x, V dy) const { return scale * dy + (slope * (x - center) + offset); }
+  };
 };
 
 // The parameters of a map as float arithmetic takes them: the centre cut to a float, and what was cut off moved to the constant (the
 // last parameter; the one before it multiplies x - center). False if they are not fit for it.
 template <class Map>
-bool to_floats(const double* p, float* out) {
+[[gnu::always_inline]] inline bool fit_floats(const double* p, float* out) {
   constexpr int P = Map::kParameters;
   out[0] = static_cast<float>(p[0]);
-  const double constant = out[0] == p[0] ? p[P - 1] : p[P - 1] + (out[0] - p[0]) * p[P - 2];
+  const double cut = out[0] - p[0], constant = cut == 0 ? p[P - 1] : p[P - 1] + cut * p[P - 2];
   bool fit = std::abs(p[0]) <= kLargest && std::abs(constant) <= Map::kConstant;
   for (int m = 1; m < P - 1; ++m) {
-    fit = fit && moderate(p[m]);
+    fit &= moderate(p[m]);
     out[m] = static_cast<float>(p[m]);
   }
   out[P - 1] = static_cast<float>(constant);
   return fit;
 }
 
-// out[i] = Map(x[i], dy[i]) where parameters(get) hands over the map's parameters.
-template <class Map, class V, class T, class Parameters>
-void apply_vectors(const T* x, const T* dy, T* out, int64_t count, const Parameters& parameters) {
-  constexpr int64_t L = lanes<V>;
-  const auto at = [&](int64_t i) {
-    V p[Map::kParameters], g{};
-    parameters(p, [&](const auto* from) { return load<V>(from + i); });
-    if constexpr (Map::kGradient) g = load<V>(dy + i);
-    store(out + i, Map::apply(load<V>(x + i), g, p));
-  };
-  if (count < L) {
-    V p[Map::kParameters], g{};
-    parameters(p, [&](const auto* from) { return load_part<V>(from, count); });
-    if constexpr (Map::kGradient) g = load_part<V>(dy, count);
-    store_part(out, Map::apply(load_part<V>(x, count), g, p), count);
-    return;
-  }
-  int64_t i = 0;
-  for (; i + L <= count; i += L) at(i);
-  if (i < count) at(count - L);  // reaches back: the same values are stored again
+// out[i] = map(x[i], dy[i]) for the vector at i; `in` is the map with its parameters.
+template <class Map, class V, class T>
+[[gnu::always_inline]] inline void apply_at(const typename Map::template In<V>& in, const T* x, const T* dy, T* out, int64_t i) {
+  V g{};
+  if constexpr (Map::kGradient) g = load<V>(dy + i);
+  store(out + i, in(load<V>(x + i), g));
 }
 
-// The map with one set of parameters for the whole run.
+template <class Map, class V, class T>
+void apply_part(const typename Map::template In<V>& in, const T* x, const T* dy, T* out, int64_t count) {
+  V g{};
+  if constexpr (Map::kGradient) g = load_part<V>(dy, count);
+  store_part(out, in(load_part<V>(x, count), g), count);
+}
+
+// The map with one set of parameters for the whole run. The last vector of a run reaches back: the same values are stored again.
+template <class Map, class V, class T>
+[[gnu::always_inline]] inline void apply_fixed(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters) {
+  const typename Map::template In<V> in([&](int m) { return splat<V>(parameters[m]); });
+  if (count < lanes<V>) return apply_part<Map, V>(in, x, dy, out, count);
+  int64_t i = 0;
+  for (; i + lanes<V> <= count; i += lanes<V>) apply_at<Map, V>(in, x, dy, out, i);
+  if (i < count) apply_at<Map, V>(in, x, dy, out, count - lanes<V>);
+}
+
+template <class Map, class T>
+[[gnu::noinline]] void apply_fixed_in_double(const T* x, const T* dy, T* out, int64_t count, const double* parameters) {
+  apply_fixed<Map, Doubles>(x, dy, out, count, parameters);
+}
+
 template <class Map, class T>
 void apply_run(const T* x, const T* dy, T* out, int64_t count, const double* parameters) {
-  constexpr int P = Map::kParameters;
-  const auto run = [&]<class V>(V, const auto* from) {
-    V fixed[P];
-    for (int m = 0; m < P; ++m) fixed[m] = splat<V>(from[m]);
-    apply_vectors<Map, V>(x, dy, out, count, [&](V* p, const auto&) { std::copy_n(fixed, P, p); });
-  };
   if constexpr (in_float<T>) {
-    float narrow[P];
-    if (count >= lanes<Floats> && to_floats<Map>(parameters, narrow)) return run(Floats{}, narrow);
+    float cut[Map::kParameters];
+    if (count >= lanes<Floats> && fit_floats<Map>(parameters, cut)) return apply_fixed<Map, Floats>(x, dy, out, count, cut);
   }
-  run(Doubles{}, parameters);
+  apply_fixed_in_double<Map>(x, dy, out, count, parameters);
+}
+
+// The map with parameters for each column, `stride` apart in memory.
+template <class Map, class V, class T>
+[[gnu::always_inline]] inline void apply_columns(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters,
+                                                 int64_t stride) {
+  using In = typename Map::template In<V>;
+  const auto in = [&](int64_t i) { return In([&](int m) { return load<V>(parameters + m * stride + i); }); };
+  if (count < lanes<V>)
+    return apply_part<Map, V>(In([&](int m) { return load_part<V>(parameters + m * stride, count); }), x, dy, out, count);
+  int64_t i = 0;
+  for (; i + lanes<V> <= count; i += lanes<V>) apply_at<Map, V>(in(i), x, dy, out, i);
+  if (i < count) apply_at<Map, V>(in(count - lanes<V>), x, dy, out, count - lanes<V>);
 }
 
 }  // namespace equinorm
