@@ -32,6 +32,13 @@ def check_momentum(module: nn.Module, momentum: float | None) -> None:
         )
 
 
+def check_fraction(module: nn.Module, **fractions: float) -> None:
+    """Raises ValueError unless every named number is in [0, 1]."""
+    for name, fraction in fractions.items():
+        if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
+            raise ValueError(f"{type(module).__name__}: {name} must be a number in [0, 1], got {fraction!r}")
+
+
 def check_floating(module: nn.Module, x: Tensor) -> None:
     """Raises TypeError unless ``x`` holds floating-point numbers."""
     if not x.is_floating_point():

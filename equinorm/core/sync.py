@@ -74,6 +74,25 @@ def refusing_together(group: Group, device: torch.device) -> Iterator[None]:
         raise
 
 
+def agree(value: Tensor, present: bool, group: Group) -> Tensor:
+    """The ``value`` of the first process of ``group`` where it is ``present``; without gradient. If it is nowhere, the first's.
+
+    Args:
+        value: of the same shape on every process, small floating.
+        present: whether this process has one to offer.
+        group: as for :func:`gather`.
+
+    Raises:
+        RuntimeError: on every process, when the shapes differ.
+    """
+    process_group = partners(group)
+    if process_group is None:
+        return value
+    rows, channels = value.shape
+    ranks = _exchange((0, channels, rows, 0), torch.cat((value.new_tensor([present]), value.detach().reshape(-1))), process_group)
+    return ranks[ranks[:, 0].argmax(), 1:].reshape(value.shape)
+
+
 def capturing(x: Tensor) -> bool:
     """Whether a CUDA graph is being captured: reading a value of ``x`` would end it."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
