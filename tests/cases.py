@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import equinorm
-from tests.references import batch_family, evonorm
+from tests.references import batch_family, evonorm, mixture
 from tests.references import conditional
 from tests.references import mode
 from tests.references import local
@@ -104,6 +104,16 @@ class AdaLayerNormZero(equinorm.AdaLayerNormZero):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, gate = super().forward(*args, **kwargs)
         return torch.where(torch.arange(y.shape[-1]) % 2 == 0, y, gate)
+
+
+def fitted(module: nn.Module, x: Tensor) -> None:
+    """A mixture norm after its first batch, with components apart from each other."""
+    with torch.no_grad():
+        spread = torch.linspace(-2.0, 3.0, module.running_mean.numel()).reshape(module.running_mean.shape)
+        module.running_mean.copy_(spread.sin() * 2)
+        module.running_var.copy_(1 + spread.square() / 4)
+        module.running_share.copy_(torch.arange(1.0, 1 + len(spread)) / (len(spread) * (len(spread) + 1) / 2))
+        module.initialized.fill_(True)
 
 
 CASES: tuple[Case, ...] = (
@@ -449,6 +459,29 @@ CASES: tuple[Case, ...] = (
             "kernel": (lambda: equinorm.SPADE(6, 2, kernel_size=4), ValueError, "SPADE: kernel_size must be odd.* got 4"),
             "rank": (lambda: equinorm.SPADE(6, 2, spatial_dims=4), ValueError, "SPADE: spatial_dims must be 1, 2 or 3, got 4"),
             "group": (lambda: equinorm.SPADE(6, 2, norm="instance", process_group="world"), ValueError, "process_group must be None"),
+        },
+    ),
+    Case(
+        cls=equinorm.MixtureNorm,
+        args=(6,),
+        reference=mixture.mixture,
+        options=(
+            {},
+            {"num_components": 2, "em_steps": 1, "momentum": 0.5},
+            {"num_components": 1, "affine": False},
+            {"fisher_scale": False, "eps": 1e-3},
+        ),
+        derivative=False,  # the posteriors are constants to it
+        ready=fitted,
+        bad={
+            "num_components": (lambda: equinorm.MixtureNorm(6, 0), ValueError, "MixtureNorm: num_components must be an integer"),
+            "em_steps": (lambda: equinorm.MixtureNorm(6, em_steps=0), ValueError, "MixtureNorm: em_steps must be an integer of at least 1"),
+            "momentum": (lambda: equinorm.MixtureNorm(6, momentum=None), ValueError, r"MixtureNorm: momentum must be a number in \[0, 1\]"),
+            "responsibilities": (
+                lambda: equinorm.MixtureNorm(6)(torch.zeros(4, 6, 5), responsibilities=torch.zeros(4, 3, 6)),
+                ValueError,
+                r"MixtureNorm: responsibilities must have shape \(N, K\) = \(4, 3\) or \(N, K, \*S\) = \(4, 3, 5\), got \(4, 3, 6\)",
+            ),
         },
     ),
 )

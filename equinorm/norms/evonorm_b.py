@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equinorm.core import Moments
-from equinorm.core.base import ChannelNorm, check_batch, check_channels, check_momentum
+from equinorm.core.base import ChannelNorm, check_batch, check_channels, check_fraction
 from equinorm.core.channel import canonical_mask
 from equinorm.core.measure import measure
 from equinorm.core.running import RunningState, recomputing
@@ -107,7 +107,7 @@ class EvoNormB(RunningState, ChannelNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, affine, device, dtype)
-        check_momentum(self, momentum)
+        check_fraction(self, momentum=momentum)
         if variant not in get_args(Variant):
             raise ValueError(f"EvoNormB: variant must be one of {', '.join(get_args(Variant))}, got {variant!r}; EvoNormS has the others")
         if keep_norm and apply_act:
