@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import re
+import sys
 from datetime import date
+from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
 
 import equinorm
 
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
 project = "equinorm"
 author = "The equinorm developers"
 copyright = f"{date.today().year}, {author}"  # noqa: A001 - Sphinx's name
 version = release = equinorm.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue_pages"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_math_renderer = "mathml"
 html_title = "equinorm"
 html_show_sphinx = False

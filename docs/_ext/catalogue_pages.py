@@ -1,0 +1,223 @@
+"""The catalogue's pages, written from what each method says of itself whenever the documentation is built.
+
+``catalogue/index.md`` compares all methods; ``catalogue/NAME.md`` is the page of one, ``catalogue/NAME.svg`` shows what it pools over.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+from equinorm import catalogue
+from equinorm.catalogue_show import pooled, signature
+from equinorm.facts import FAMILIES, INVARIANCES
+
+INTRODUCTION = """# The catalogue
+
+{count} methods, by what they act on. Everything on these pages comes from the methods themselves: their facts, which the tests check, and
+their docstrings. `equinorm list` and `equinorm show` print the same in a terminal.
+
+*Pools over* says what one statistic averages over: N samples, C channels, G the channels of a group, S positions, K a window of
+positions, D the last dimensions, W the weights of an output unit. *Alone*: a sample's output does not depend on the rest of the batch.
+*Gap*: training and evaluation compute different things. *Folds*: evaluation is one affine map per channel, at no cost behind a
+convolution. *Sync*: statistics can be pooled across processes. *Traffic*: the least reads (R) and writes (W) of the input in a training
+forward."""
+
+
+def write(folder: Path) -> None:
+    """Write all pages into ``folder``, from scratch."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, method in catalogue.methods().items():
+        (folder / f"{name}.md").write_text(page(method))
+        if method.facts.pools:
+            (folder / f"{name}.svg").write_text(figure(method.facts.pools))
+    (folder / "index.md").write_text(index())
+
+
+def index() -> str:
+    """The comparison of all methods."""
+    lines = [INTRODUCTION.format(count=len(catalogue.methods()))]
+    for family, meaning in FAMILIES.items():
+        members = [m for m in catalogue.methods().values() if m.facts.family == family]
+        if not members:
+            continue
+        lines += ["", f"## {family.capitalize()}", "", f"{meaning.capitalize()}.", ""]
+        lines += [
+            "| method | year | what it does | pools over | alone | gap | folds | sync | traffic |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for method in members:
+            facts = method.facts
+            does = " ".join(catalogue.prose(method)["Summary"].split())
+            marks = {
+                "alone": "per-sample" in facts.invariances,
+                "gap": facts.train_differs,
+                "folds": facts.folds,
+                "sync": bool(facts.synchronizes),
+            }
+            properties = ", ".join(mark for mark, holds in marks.items() if holds)
+            link = f"[{method.__name__}]({facts.name}.md) {facts.paper.year}"
+            lines.append(f"| {link} | {markdown(does)} | {facts.pools or 'nothing'} | {properties} | {facts.reads_writes} |")
+    lines += ["", "```{toctree}", ":hidden:", "", *catalogue.methods(), "```", ""]
+    return "\n".join(lines)
+
+
+def page(method: catalogue.Method) -> str:
+    """The page of one method."""
+    facts, text = method.facts, catalogue.prose(method)
+    lines = [f"# {facts.title}", "", f"`equinorm.{signature(method)}`", "", markdown(text["Summary"]), ""]
+    if facts.pools:
+        alt = f"One statistic averages over {pooled(facts.pools)}."
+        lines += [f"```{{figure}} {facts.name}.svg", f":alt: {alt}", ":width: 340px", "", alt, "```", ""]
+    lines += ["## Formula", "", "```text", text["Formula"], "```", ""]
+    if source := rule(method):
+        lines += ["The rule as it runs:", "", "```python", source, "```", ""]
+    lines += ["## When", ""]
+    for section in ("Use it when", "Not when", "Known trouble"):
+        lines += [f"**{section}** {markdown(text[section])}", ""]
+    if "Differences" in text:
+        lines += [f"**Differences** {markdown(text['Differences'])}", ""]
+    lines += ["## Properties", "", "| | |", "|---|---|"]
+    properties = {
+        "family": f"{facts.family}: {FAMILIES[facts.family]}",
+        "training and evaluation": "compute different things" if facts.train_differs else "compute the same",
+        "batch of one": facts.batch_of_one,
+        "one position": facts.one_position,
+        "across processes": facts.synchronizes or "nothing to exchange",
+        "inference": "one affine map per channel: folds into a neighbouring layer" if facts.folds else "does not fold",
+        "claims, tested": "; ".join(INVARIANCES[name] for name in sorted(facts.invariances)) or "none",
+        "least traffic": facts.reads_writes,
+    }
+    lines += [f"| {name} | {value} |" for name, value in properties.items()]
+    lines += ["", "## Parameters", ""]
+    lines += [f"- {markdown(entry)}" for entry in entries(text["Args"])]
+    for section in ("Shape", "Returns", "Raises"):
+        if section in text:
+            lines += ["", f"**{section}**", "", *(f"- {markdown(entry)}" for entry in entries(text[section]))]
+    if "Example" in text:
+        lines += ["", "## Example", "", "```pycon", text["Example"], "```"]
+    lines += ["", "## Source", "", f"{facts.paper}.", "", markdown(text["Source"]), ""]
+    return "\n".join(lines)
+
+
+def rule(method: catalogue.Method) -> str:
+    """The source of the public functions that stand beside the class in its file: its rule. For functions, of what they register."""
+    module = sys.modules[method.__module__]
+    members = [
+        m for m in vars(module).values() if inspect.isfunction(m) and m.__module__ == module.__name__ and not m.__name__.startswith("_")
+    ]
+    rules = [m for m in members if m is not method and not hasattr(m, "facts")]
+    if rules:
+        return "\n\n".join(inspect.getsource(m).rstrip() for m in rules)
+    registered = [m for m in vars(module).values() if inspect.isclass(m) and m.__module__ == module.__name__ and m.__name__.startswith("_")]
+    owners = [m for m in (*registered, method) if inspect.isclass(m) and "forward" in vars(m)]
+    return textwrap.dedent(inspect.getsource(owners[0].forward)).rstrip() if owners else ""
+
+
+def entries(text: str) -> list[str]:
+    """The entries of a docstring section, each with its continuation lines."""
+    found: list[str] = []
+    for line in text.splitlines():
+        if line.startswith(" ") and found:
+            found[-1] += " " + line.strip()
+        elif line.strip():
+            found.append(line.strip())
+    return found
+
+
+def markdown(text: str) -> str:
+    """A docstring's paragraph as Markdown: roles become code, and stars that stand for dimensions stay stars."""
+    text = re.sub(r":\w+:`~?([^`]+)`", lambda found: f"`{found[1].rsplit('.', 1)[-1]}`", text)
+    parts = re.split(r"(``.*?``|`[^`]*`)", text)
+    return "".join(part if part.startswith("`") else re.sub(r"([*_|<])", r"\\\1", part) for part in parts)
+
+
+# The figure: a block of samples (into the page) x channels (to the right) x positions (downwards); what shares one statistic is filled.
+
+CELL, DEPTH, RISE = 34, 20, 13  # sizes of a cell: along channels and positions; its shift to the right and upwards per sample
+CHANNELS, SAMPLES, POSITIONS, GROUP, WINDOW = 6, 4, 4, 3, 2
+STYLE = """<style>
+.f{fill:#2f6fde;stroke:#fff;stroke-width:1}.t{fill:#5b8fe8;stroke:#fff;stroke-width:1}.r{fill:#2458b5;stroke:#fff;stroke-width:1}
+.e{fill:#8a94a6;fill-opacity:.16;stroke:#8a94a6;stroke-opacity:.55;stroke-width:.8}
+text{font:13px system-ui,sans-serif;fill:#7a8496}
+</style>"""
+
+
+def figure(pools: str) -> str:
+    """The figure of what one statistic averages over, as SVG for light and dark pages."""
+    return table_figure(pools) if set(pools) & set("DW") else block_figure(pools)
+
+
+def block_figure(pools: str) -> str:
+    """A block (N, C, S)."""
+
+    def inside(n: int, c: int, s: int) -> bool:
+        in_channels = c == 0 or "C" in pools or ("G" in pools and c < GROUP)
+        in_positions = s == 0 or "S" in pools or ("K" in pools and s < WINDOW)
+        return (n == 0 or "N" in pools) and in_channels and in_positions
+
+    left, top = 44, 30 + SAMPLES * RISE
+
+    def at(n: float, c: float, s: float) -> str:
+        return f"{left + c * CELL + n * DEPTH:.0f},{top + s * CELL - n * RISE:.0f}"
+
+    def face(kind: str, filled: bool, corners: list[tuple[float, float, float]]) -> str:
+        return f'<polygon class="{kind if filled else "e"}" points="{" ".join(at(*corner) for corner in corners)}"/>'
+
+    front = [
+        face("f", inside(0, c, s), [(0, c, s), (0, c + 1, s), (0, c + 1, s + 1), (0, c, s + 1)])
+        for c in range(CHANNELS)
+        for s in range(POSITIONS)
+    ]
+    lid = [
+        face("t", inside(n, c, 0), [(n, c, 0), (n, c + 1, 0), (n + 1, c + 1, 0), (n + 1, c, 0)])
+        for c in range(CHANNELS)
+        for n in range(SAMPLES)
+    ]
+    last = CHANNELS
+    side = [
+        face("r", inside(n, last - 1, s), [(n, last, s), (n + 1, last, s), (n + 1, last, s + 1), (n, last, s + 1)])
+        for n in range(SAMPLES)
+        for s in range(POSITIONS)
+    ]
+    bottom, middle = top + POSITIONS * CELL, top + POSITIONS * CELL // 2
+    labels = [
+        f'<text x="{left + CHANNELS * CELL / 2:.0f}" y="{bottom + 20}" text-anchor="middle">channels</text>',
+        f'<text x="{left - 12}" y="{middle}" text-anchor="middle" transform="rotate(-90 {left - 12} {middle})">positions</text>',
+        f'<text x="{left + DEPTH * SAMPLES / 2 - 8:.0f}" y="{top - RISE * SAMPLES / 2 - 8:.0f}" text-anchor="end">samples</text>',
+    ]
+    width, height = left + CHANNELS * CELL + SAMPLES * DEPTH + 12, bottom + 30
+    return svg(width, height, [*front, *lid, *side, *labels])
+
+
+def table_figure(pools: str) -> str:
+    """Rows of features, or of the weights of output units."""
+    left, top = 44, 16
+    cells = [
+        f'<rect class="{"f" if row == 0 else "e"}" x="{left + column * CELL}" y="{top + row * CELL}" width="{CELL}" height="{CELL}"/>'
+        for row in range(4)
+        for column in range(8)
+    ]
+    across, down = ("weights of a unit", "output units") if "W" in pools else ("features", "tokens")
+    middle = top + 2 * CELL
+    labels = [
+        f'<text x="{left + 4 * CELL}" y="{top + 4 * CELL + 20}" text-anchor="middle">{across}</text>',
+        f'<text x="{left - 12}" y="{middle}" text-anchor="middle" transform="rotate(-90 {left - 12} {middle})">{down}</text>',
+    ]
+    return svg(left + 8 * CELL + 12, top + 4 * CELL + 30, [*cells, *labels])
+
+
+def svg(width: float, height: float, parts: list[str]) -> str:
+    """An SVG document."""
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}">{STYLE}{"".join(parts)}</svg>\n'
+
+
+def setup(app) -> dict[str, bool]:
+    """Write the pages before Sphinx looks for its sources."""
+    app.connect("config-inited", lambda app, _: write(Path(app.srcdir) / "catalogue"))
+    return {"parallel_read_safe": True}
