@@ -25,6 +25,7 @@ from equinorm.norms.pixel import PixelNorm as PixelNorm
 from equinorm.norms.positional import DynamicMomentShortcut as DynamicMomentShortcut
 from equinorm.norms.positional import MomentShortcut as MomentShortcut
 from equinorm.norms.positional import PositionalNorm as PositionalNorm
+from equinorm.norms.query_key import QKNorm as QKNorm
 from equinorm.norms.rms import RMSNorm as RMSNorm
 from equinorm.norms.scale import ScaleNorm as ScaleNorm
 from equinorm.norms.thresholded_linear import TLU as TLU

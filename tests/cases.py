@@ -32,6 +32,7 @@ class Case:
     Attributes:
         cls: the class.
         args: positional arguments of the constructor.
+        seen_as: a subclass of the same name that is tested in its place, because the class returns more than one tensor.
         reference: ``reference(x, p, *extra, training, mask, **options) -> (y, updates)``: the method retyped naively from its paper, in
             differentiable float64 PyTorch, loops welcome, importing nothing of ours. ``p`` maps the names of parameters and buffers to their
             values; ``options`` are the constructor's keyword arguments; ``updates`` are the new values of buffers that a training step moves.
@@ -65,10 +66,11 @@ class Case:
     autocast: bool = True
     bad: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = field(default_factory=dict)
     ready: Callable[[nn.Module, Tensor], None] | None = None
+    seen_as: type[nn.Module] | None = None
 
     def make(self, variant: int = 0, **more: Any) -> nn.Module:
         """Build the module of one variant."""
-        return self.cls(*self.args, **{**self.options[variant], **more})
+        return (self.seen_as or self.cls)(*self.args, **{**self.options[variant], **more})
 
     @property
     def name(self) -> str:
@@ -114,6 +116,13 @@ def fitted(module: nn.Module, x: Tensor) -> None:
         module.running_var.copy_(1 + spread.square() / 4)
         module.running_share.copy_(torch.arange(1.0, 1 + len(spread)) / (len(spread) * (len(spread) + 1) / 2))
         module.initialized.fill_(True)
+
+
+class QKNorm(equinorm.QKNorm):
+    """Its queries alone; tests/norms/test_query_key.py looks at the keys."""
+
+    def forward(self, q: Tensor, k: Tensor, **options: Any) -> Tensor:
+        return super().forward(q, k, **options)[0]
 
 
 CASES: tuple[Case, ...] = (
@@ -336,6 +345,23 @@ CASES: tuple[Case, ...] = (
         options=({}, {"eps": 3.0, "init_scale": 0.5}),
         geometry="row",
         shape=(4, 5, 6),
+    ),
+    Case(
+        cls=equinorm.QKNorm,
+        seen_as=QKNorm,
+        args=(6,),
+        reference=local.query_key,
+        options=(
+            {},
+            {"kind": "layer", "eps": 1e-3, "bias": True},
+            {"kind": "l2", "init_scale": 3.0},
+            {"learnable_scale": False},
+            {"kind": "l2", "init_scale": 3.0, "learnable_scale": False},
+        ),
+        geometry="row",
+        shape=(4, 5, 6),
+        extra=lambda x, generator: (x.detach().flip(-1) * 2,),
+        masked=False,
     ),
     Case(
         cls=equinorm.ConditionalInstanceNorm,

@@ -50,7 +50,8 @@ def fix_norm(module: nn.Module, name: str = "weight", length: float = 1.0, eps: 
     Use it when: frequent words must not win the softmax by the length of their embedding alone; with scale norm in front of the output
         layer the logits are cosines times one learned number.
     Not when: the length of a weight vector carries meaning, as in a regression head.
-    Known trouble: v only grows under gradient descent, so the effective learning rate falls; decay of v does not change the function. A row of zeros (an embedding's ``padding_idx``) stays zero.
+    Known trouble: v only grows under gradient descent, so the effective learning rate falls; decay of v does not change the function. A row
+        of zeros (an embedding's ``padding_idx``) stays zero.
 
     Args:
         module: the layer, such as ``nn.Embedding`` or ``nn.Linear``.

@@ -9,7 +9,7 @@ import itertools
 
 import torch
 
-from tests.references.norms import everything, padded_as_zero
+from tests.references.norms import everything, layer, padded_as_zero, rms
 
 
 def length(values):
@@ -101,3 +101,11 @@ def scale(x, p, *, mask=None, eps=1e-5, **_):
         norm = length(row[kept])
         rows.append(torch.where(kept, p["scale"] * row / (norm if norm > eps else eps), 0.0))
     return torch.stack(rows).reshape(x.shape), {}
+
+
+def query_key(q, p, k, *, kind="rms", eps=None, init_scale=None, learnable_scale=True, training=True, mask=None, **options):
+    """The queries; keys are treated alike, except that they never carry the scale."""
+    if kind == "l2":
+        return scale(q, p, eps=1e-12 if eps is None else eps)
+    own = {"weight": p.get("q_norm.weight"), "bias": p.get("q_norm.bias")}
+    return (rms if kind == "rms" else layer)(q, own, eps=1e-6 if eps is None else eps, **options)
