@@ -81,27 +81,33 @@ def signature(method: Method) -> str:
 
 def pooled(pools: str) -> str:
     """What the letters of ``pools`` stand for, in words."""
-    words = [POOLED[letter] for letter in pools]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    each = []
+    for letters in pools.split("+"):
+        words = [POOLED[letter] for letter in letters]
+        each.append(" and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words))
+    return "; another over ".join(each)
 
 
 def picture(pools: str) -> str:
-    """A small map of the input: which values share one statistic.
+    """A small map of the input for each statistic: which values share it.
 
     Rows are samples, columns are channels, the three marks of a cell are positions.
     """
-    if "W" in pools:
-        return "weight: each row is one output unit\n  " + "\n  ".join(["█ █ █ █ █ █", "· · · · · ·", "· · · · · ·"])
-    if "D" in pools:
-        return "each row is one token or sample, each column one feature\n  " + "\n  ".join(["█ █ █ █ █ █", "· · · · · ·", "· · · · · ·"])
-    full, window, single, none = "███", "·██", "█··", "···"
-    inside = full if "S" in pools else window if "K" in pools else single
+    return "\n\n".join(_map(letters) for letters in pools.split("+"))
+
+
+def _map(letters: str) -> str:
+    if set(letters) & set("DW"):
+        what = "weight: each row is one output unit" if "W" in letters else "each row is one token or sample, each column one feature"
+        return "\n".join([what, "  █ █ █ █ █ █", "  · · · · · ·", "  · · · · · ·"])
+    full, window, single, none = "███", "██·", "█··", "···"
+    inside = full if "S" in letters else window if "K" in letters else single
     rows = []
     for sample in range(3):
         cells = []
         for channel in range(6):
-            in_batch = sample == 0 or "N" in pools
-            in_channels = channel == 0 or "C" in pools or ("G" in pools and channel < 3)
+            in_batch = sample == 0 or "N" in letters
+            in_channels = channel == 0 or "C" in letters or ("G" in letters and channel < 3)
             cells.append(inside if in_batch and in_channels else none)
         rows.append(f"sample {sample + 1}  " + "  ".join(cells))
     head = " " * 10 + "  ".join(f"ch{channel + 1}" for channel in range(6))

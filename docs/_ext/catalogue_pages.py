@@ -47,10 +47,7 @@ def index() -> str:
         if not members:
             continue
         lines += ["", f"## {family.capitalize()}", "", f"{meaning.capitalize()}.", ""]
-        lines += [
-            "| method | year | what it does | pools over | alone | gap | folds | sync | traffic |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
+        lines += ["| method | what it does | pools over | properties | traffic |", "|---|---|---|---|---|"]
         for method in members:
             facts = method.facts
             does = " ".join(catalogue.prose(method)["Summary"].split())
@@ -73,7 +70,8 @@ def page(method: catalogue.Method) -> str:
     lines = [f"# {facts.title}", "", f"`equinorm.{signature(method)}`", "", markdown(text["Summary"]), ""]
     if facts.pools:
         alt = f"One statistic averages over {pooled(facts.pools)}."
-        lines += [f"```{{figure}} {facts.name}.svg", f":alt: {alt}", ":width: 340px", "", alt, "```", ""]
+        width = 250 * min(facts.pools.count("+") + 1, 3) + 90
+        lines += [f"```{{figure}} {facts.name}.svg", f":alt: {alt}", f":width: {width}px", "", alt, "```", ""]
     lines += ["## Formula", "", "```text", text["Formula"], "```", ""]
     if source := rule(method):
         lines += ["The rule as it runs:", "", "```python", source, "```", ""]
@@ -148,12 +146,21 @@ text{font:13px system-ui,sans-serif;fill:#7a8496}
 </style>"""
 
 
+Drawing = tuple[float, float, list[str]]  # width, height, SVG elements
+
+
 def figure(pools: str) -> str:
-    """The figure of what one statistic averages over, as SVG for light and dark pages."""
-    return table_figure(pools) if set(pools) & set("DW") else block_figure(pools)
+    """The figure of what each statistic averages over, side by side, as SVG for light and dark pages."""
+    drawings = [table(letters) if set(letters) & set("DW") else block(letters) for letters in pools.split("+")]
+    parts, left = [], 0.0
+    for width, _, elements in drawings:
+        parts += [f'<g transform="translate({left:.0f} 0)">', *elements, "</g>"]
+        left += width
+    height = max(height for _, height, _ in drawings)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left:.0f} {height:.0f}">{STYLE}{"".join(parts)}</svg>\n'
 
 
-def block_figure(pools: str) -> str:
+def block(pools: str) -> Drawing:
     """A block (N, C, S)."""
 
     def inside(n: int, c: int, s: int) -> bool:
@@ -192,10 +199,10 @@ def block_figure(pools: str) -> str:
         f'<text x="{left + DEPTH * SAMPLES / 2 - 8:.0f}" y="{top - RISE * SAMPLES / 2 - 8:.0f}" text-anchor="end">samples</text>',
     ]
     width, height = left + CHANNELS * CELL + SAMPLES * DEPTH + 12, bottom + 30
-    return svg(width, height, [*front, *lid, *side, *labels])
+    return width, height, [*front, *lid, *side, *labels]
 
 
-def table_figure(pools: str) -> str:
+def table(pools: str) -> Drawing:
     """Rows of features, or of the weights of output units."""
     left, top = 44, 16
     cells = [
@@ -209,12 +216,7 @@ def table_figure(pools: str) -> str:
         f'<text x="{left + 4 * CELL}" y="{top + 4 * CELL + 20}" text-anchor="middle">{across}</text>',
         f'<text x="{left - 12}" y="{middle}" text-anchor="middle" transform="rotate(-90 {left - 12} {middle})">{down}</text>',
     ]
-    return svg(left + 8 * CELL + 12, top + 4 * CELL + 30, [*cells, *labels])
-
-
-def svg(width: float, height: float, parts: list[str]) -> str:
-    """An SVG document."""
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}">{STYLE}{"".join(parts)}</svg>\n'
+    return left + 8 * CELL + 12, top + 4 * CELL + 30, [*cells, *labels]
 
 
 def setup(app) -> dict[str, bool]:

@@ -84,7 +84,7 @@ class BatchChannelNorm(RunningMoments, ChannelNorm):
             equation="section 4",
         ),
         family="batch",
-        pools="NGS",
+        pools="NS+GS",
         train_differs=True,
         synchronizes="count, mean and variance per channel of the batch part",
         invariances=frozenset({"shift", "scale"}),

@@ -85,7 +85,7 @@ class SwitchNorm(RunningMoments, ChannelNorm):
             equation="Eq. 3",
         ),
         family="learned",
-        pools="NCS",
+        pools="S+CS+NS",
         train_differs=True,
         synchronizes="count, mean and variance per channel of the batch part",
         invariances=frozenset({"shift", "scale"}),
