@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import equinorm
 from tests.references import batch_family, evonorm, mixture
-from tests.references import conditional
+from tests.references import conditional, learned
 from tests.references import mode
 from tests.references import local
 from tests.references import norms as reference
@@ -172,6 +172,25 @@ CASES: tuple[Case, ...] = (
             "warmup": (lambda: equinorm.BatchRenorm(6, warmup=(5, 5, 9)), ValueError, r"BatchRenorm: warmup must be .* got \(5, 5, 9\)"),
             "track": (lambda: equinorm.BatchRenorm(6, track="sd"), ValueError, "BatchRenorm: track must be .* got 'sd'"),
             "momentum": (lambda: equinorm.BatchRenorm(6, momentum=2.0), ValueError, "BatchRenorm: momentum"),
+        },
+    ),
+    Case(
+        cls=equinorm.GhostBatchNorm,
+        args=(6,),
+        reference=batch_family.ghost_batch,
+        options=(
+            {"num_splits": 2},
+            {},
+            {"virtual_batch_size": 2, "running_stats": "mean", "affine": False},
+            {"num_splits": 3, "momentum": None, "eps": 1e-3},
+            {"virtual_batch_size": 1, "track_running_stats": False},
+        ),
+        bad={
+            "both": (lambda: equinorm.GhostBatchNorm(6, 8, num_splits=2), ValueError, "GhostBatchNorm: give virtual_batch_size or num_splits"),
+            "size": (lambda: equinorm.GhostBatchNorm(6, 0), ValueError, "GhostBatchNorm: virtual_batch_size must be .* got 0"),
+            "splits": (lambda: equinorm.GhostBatchNorm(6, num_splits=0), ValueError, "GhostBatchNorm: num_splits must be .* got 0"),
+            "stats": (lambda: equinorm.GhostBatchNorm(6, running_stats="last"), ValueError, "GhostBatchNorm: running_stats must be .* 'last'"),
+            "momentum": (lambda: equinorm.GhostBatchNorm(6, momentum=2.0), ValueError, "GhostBatchNorm: momentum"),
         },
     ),
     Case(
@@ -507,6 +526,33 @@ CASES: tuple[Case, ...] = (
                 lambda: equinorm.MixtureNorm(6)(torch.zeros(4, 6, 5), responsibilities=torch.zeros(4, 3, 6)),
                 ValueError,
                 r"MixtureNorm: responsibilities must have shape \(N, K\) = \(4, 3\) or \(N, K, \*S\) = \(4, 3, 5\), got \(4, 3, 6\)",
+            ),
+        },
+    ),
+    Case(
+        cls=equinorm.AttentiveNorm,
+        args=(6, 4),
+        reference=learned.attentive,
+        options=(
+            {},
+            {"norm": "group", "num_groups": 3, "attention": "hsigmoid"},
+            {"norm": "group", "num_groups": 2},
+            {"attention": "sigmoid", "track_running_stats": False},
+            {"attention": "hidden_sigmoid"},
+            {"attention": "hidden_norm_hsigmoid", "momentum": None, "eps": 1e-3},
+            {"attention": "norm_sigmoid", "normalize_attention": True},
+            {"attention": "norm_softmax", "track_running_stats": False},
+        ),
+        spatial=(1, 2, 3),
+        bad={
+            "norm": (lambda: equinorm.AttentiveNorm(6, norm="layer"), ValueError, "AttentiveNorm: norm must be .* got 'layer'"),
+            "head": (lambda: equinorm.AttentiveNorm(6, attention="relu"), ValueError, "attention must be one of sigmoid, .* got 'relu'"),
+            "groups": (lambda: equinorm.AttentiveNorm(6, norm="group", num_groups=4), ValueError, "num_groups must divide .* got 4 groups"),
+            "mixtures": (lambda: equinorm.AttentiveNorm(6, 0), ValueError, "AttentiveNorm: num_mixtures must be"),
+            "process_group": (
+                lambda: equinorm.AttentiveNorm(6, norm="group", num_groups=3, process_group="world"),
+                ValueError,
+                "process_group must be None",
             ),
         },
     ),

@@ -95,7 +95,7 @@ class ConditionalBatchNorm(RunningMoments, ChannelNorm):
         >>> equinorm.ConditionalBatchNorm(8, num_classes=10)(x, torch.tensor([0, 9, 3, 3])).shape
         torch.Size([4, 8, 5, 5])
 
-    Source: de Vries et al. 2017, section 4 (embedding form, where W2 has no bias as in the authors' code); Miyato and Koyama 2018
+    Source: de Vries et al. 2017 (embedding form, where W2 has no bias as in the authors' code); Miyato and Koyama 2018
     (arXiv:1802.05637) for the class form, following Dumoulin et al. The paper asks for deltas of zero mean and small variance at first; the
     authors' code starts W2 as any layer, here it starts at 0. Their code estimates the running statistics anew with decay 0.99;
     :meth:`from_batch_norm` keeps the trained ones.
@@ -110,7 +110,6 @@ class ConditionalBatchNorm(RunningMoments, ChannelNorm):
             year=2017,
             venue="NeurIPS",
             arxiv="1707.00683",
-            equation="section 4",
         ),
         family="conditional",
         pools="NS",

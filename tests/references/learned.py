@@ -1,0 +1,90 @@
+"""Norms with a learned gate or mixture, retyped from their papers: naive, differentiable, float64."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.references.norms import everything, moments, padded_as_zero, running
+
+HEADS = {  # activations behind each linear map, and whether a norm stands before them
+    "sigmoid": ("sigmoid", False),
+    "hidden_sigmoid": ("relu sigmoid", False),
+    "norm_hsigmoid": ("hsigmoid", True),
+    "hidden_norm_hsigmoid": ("relu hsigmoid", True),
+    "hsigmoid": ("hsigmoid", False),
+    "norm_sigmoid": ("sigmoid", True),
+    "norm_softmax": ("softmax", True),
+}
+ACTIVATIONS = {
+    "sigmoid": lambda z: 1 / (1 + torch.exp(-z)),
+    "hsigmoid": lambda z: torch.clamp(z + 3, 0, 6) / 6,
+    "relu": lambda z: torch.where(z > 0, z, 0 * z),
+    "softmax": lambda z: torch.exp(z) / torch.exp(z).sum(),
+}
+
+
+def attentive(
+    x,
+    p,
+    *,
+    training,
+    mask=None,
+    norm="batch",
+    num_groups=32,
+    attention="norm_hsigmoid",
+    normalize_attention=False,
+    eps=1e-5,
+    momentum=0.1,
+    track_running_stats=True,
+    **_,
+):
+    mask = everything(x) if mask is None else mask
+    n, c = x.shape[:2]
+    tracked, updates = track_running_stats and not training, {}
+
+    # what the head reads: mean over deviation of every channel of every sample
+    z = []
+    for i in range(n):
+        cells = [moments(x[i, j][mask[i]]) for j in range(c)]
+        z.append(torch.stack([mean / torch.sqrt(var + 1e-3) for mean, var in cells]))
+    activations, normed = HEADS[attention]
+    for k, activation in enumerate(activations.split()):
+        weight = p[f"head.{k}.weight"]
+        z = [torch.stack([(row * sample).sum() for row in weight]) for sample in z]
+        if not normed:
+            z = [sample + p[f"head.{k}.bias"] for sample in z]
+        elif norm == "group":
+            z = [(sample - sample.mean()) / torch.sqrt(moments(sample)[1] + eps) for sample in z]
+        else:
+            units = range(weight.shape[0])
+            of_batch = [moments(torch.stack([sample[u] for sample in z])) for u in units]
+            if training and track_running_stats:
+                own = {name: p[f"head.{k}.{name}"] for name in ("running_mean", "running_var", "num_batches_tracked")}
+                moved = running(own, [m.detach() for m, _ in of_batch], [v.detach() * n / (n - 1) for _, v in of_batch], momentum)
+                updates |= {f"head.{k}.{name}": value for name, value in moved.items()}
+            means = p[f"head.{k}.running_mean"] if tracked else torch.stack([m for m, _ in of_batch])
+            variances = p[f"head.{k}.running_var"] if tracked else torch.stack([v for _, v in of_batch])
+            z = [(sample - means) / torch.sqrt(variances + eps) for sample in z]
+        if normed:
+            z = [sample * p[f"head.{k}.norm_weight"] + p[f"head.{k}.norm_bias"] for sample in z]
+        z = [ACTIVATIONS[activation](sample) for sample in z]
+    if normalize_attention:
+        z = [sample / sample.sum() for sample in z]
+
+    of_channel = [moments(x[:, j][mask]) for j in range(c)]
+    counts = mask.sum().item()
+    if norm == "batch" and training and track_running_stats:
+        updates |= running(p, [m.detach() for m, _ in of_channel], [v.detach() * counts / (counts - 1) for _, v in of_channel], momentum)
+    rows = []
+    for i in range(n):
+        for j in range(c):
+            if norm == "group":
+                k = c // num_groups
+                mu, var = moments(torch.stack([x[i, g][mask[i]] for g in range(j // k * k, j // k * k + k)]))
+            elif tracked:
+                mu, var = p["running_mean"][j], p["running_var"][j]
+            else:
+                mu, var = of_channel[j]
+            gamma, beta = ((z[i] * p[name][:, j]).sum() for name in ("weight", "bias"))
+            rows.append(gamma * (x[i, j] - mu) / torch.sqrt(var + eps) + beta)
+    return padded_as_zero(torch.stack(rows).reshape(x.shape), mask), updates
