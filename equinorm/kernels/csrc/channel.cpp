@@ -4,8 +4,6 @@
 // run across the channels, and a channel's sum runs down the rows. There memory is walked strictly in order, one row after the other,
 // with the running sums of all columns in the first-level cache: walking down a few columns at a time needs fewer instructions but
 // defeats the prefetching of every processor tried, and takes two to three times as long on data from main memory.
-#include <vector>
-
 #include "runs.h"
 
 namespace equinorm {
@@ -97,7 +95,7 @@ void moments_in_double(const T* x, int64_t height, int64_t pitch, int64_t width,
   constexpr int64_t L = lanes<Doubles>;
   const Panel<Doubles> panel{width};
   Column<Doubles> columns[kPanel / L + 1];
-  double first[kPanel + L], second[kPanel + L];
+  alignas(64) double first[kPanel + L], second[kPanel + L];
   for (int64_t v = 0; v < panel.vectors(); ++v) columns[v].shift = load<Doubles>(x + panel.column(v));
   shifted_columns(x, height, pitch, panel, columns, first, second);
   const double count = static_cast<double>(height);
@@ -115,7 +113,7 @@ void moments_in_float(const T* x, int64_t height, int64_t pitch, int64_t width, 
   constexpr int64_t L = lanes<Floats>, H = lanes<Doubles>;
   const Panel<Floats> panel{width};
   Column<Floats> columns[kPanel / L + 1];
-  double first[kPanel + L], second[kPanel + L];
+  alignas(64) double first[kPanel + L], second[kPanel + L];
   const int64_t step = height / 4 * pitch;
   for (int64_t v = 0; v < panel.vectors(); ++v) {
     const T* const at = x + panel.column(v);
@@ -161,7 +159,7 @@ void column_moments(const T* x, int64_t height, int64_t pitch, double* mean, dou
 }
 
 template <class T>
-void block_moments(const T* x, int64_t height, int64_t c, int64_t fold, std::vector<double>& scratch, double* mean, double* squares) {
+void block_moments(const T* x, int64_t height, int64_t c, int64_t fold, Buffer<double>& scratch, double* mean, double* squares) {
   const int64_t folded = height / fold, left = height % fold, width = c * fold;
   if (fold == 1 || folded == 0) {
     column_moments(x, height, c, mean, squares);
@@ -177,10 +175,10 @@ void block_moments(const T* x, int64_t height, int64_t c, int64_t fold, std::vec
 
 // Partial moments of `parts` pieces of each of n samples, [n][parts][c] -> per sample [n][c] -> per channel [c], as variances.
 template <class Count>
-void finish_moments(const std::vector<double>& means, const std::vector<double>& squares, int64_t n, int64_t parts, int64_t c, int64_t s,
+void finish_moments(const Buffer<double>& means, const Buffer<double>& squares, int64_t n, int64_t parts, int64_t c, int64_t s,
                     const Count& count, SmallOut mean, SmallOut var) {
   const bool batch = mean.step == 0;
-  std::vector<double> sample_means, sample_squares;
+  Buffer<double> sample_means, sample_squares;
   const double *from_means = means.data(), *from_squares = squares.data();
   if (parts > 1) {
     sample_means.resize(n * c), sample_squares.resize(n * c);
@@ -213,9 +211,9 @@ void channel_moments(const T* x, SmallOut mean, SmallOut var, Shape shape) {
   if (channels_last) {
     if (mean.step == 0) s *= n, n = 1;
     const Blocks blocks(n, s, c);
-    std::vector<double> means(blocks.count * c), squares(blocks.count * c);
+    Buffer<double> means(blocks.count * c), squares(blocks.count * c);
     parallel(blocks.count, blocks.elements(), [&](int64_t begin, int64_t end) {
-      std::vector<double> scratch;
+      Buffer<double> scratch;
       for (int64_t u = begin; u < end; ++u)
         block_moments(x + blocks.offset(u), blocks.length(u), blocks.c, blocks.fold, scratch, &means[u * blocks.c],
                       &squares[u * blocks.c]);
@@ -225,7 +223,7 @@ void channel_moments(const T* x, SmallOut mean, SmallOut var, Shape shape) {
   }
   // A long row is cut into segments, laid out as [n][segment][c] so that pooling runs across channels.
   const int64_t segments = divide_up(s, kSegment);
-  std::vector<double> means(n * c * segments), squares(n * c * segments);
+  Buffer<double> means(n * c * segments), squares(n * c * segments);
   const auto length = [s = s](int64_t k) { return std::min(kSegment, s - k * kSegment); };
   parallel(n * c * segments, std::min(kSegment, s), [&, c = c, s = s](int64_t begin, int64_t end) {
     for_grid(begin, end, c, segments, [&](int64_t i, int64_t j, int64_t k) {
@@ -244,8 +242,8 @@ namespace {
 template <class Map, class T>
 struct ColumnParameters {
   static constexpr int P = Map::kParameters;
-  std::vector<float> floats;
-  std::vector<double> doubles;
+  Buffer<float> floats;
+  Buffer<double> doubles;
   bool narrow = false;
   int64_t width = 0;
 
@@ -332,7 +330,7 @@ void reduce_in(const T* dy, const T* x, int64_t height, int64_t pitch, int64_t w
   constexpr int64_t L = lanes<V>;
   const Panel<V> panel{width};
   Column<V> columns[kPanel / L + 1];
-  double first[kPanel + L], second[kPanel + L];
+  alignas(64) double first[kPanel + L], second[kPanel + L];
   for (int64_t v = 0; v < panel.vectors(); ++v) {
     Scalar<V> shift[L];
     std::copy_n(center + panel.column(v), L, shift);
@@ -382,7 +380,7 @@ void column_reduce(const T* dy, const T* x, int64_t height, int64_t pitch, const
 }
 
 template <class T>
-void block_reduce(const T* dy, const T* x, int64_t height, int64_t c, int64_t fold, const double* center, std::vector<double>& scratch,
+void block_reduce(const T* dy, const T* x, int64_t height, int64_t c, int64_t fold, const double* center, Buffer<double>& scratch,
                   double* first, double* second) {
   const int64_t folded = height / fold, left = height % fold, width = c * fold;
   if (fold == 1 || folded == 0) {
@@ -399,7 +397,7 @@ void block_reduce(const T* dy, const T* x, int64_t height, int64_t c, int64_t fo
 }
 
 // Sums of `parts` pieces of each of n samples, [n][parts][c], in order.
-void finish_sums(const std::vector<double>& partial, int64_t n, int64_t parts, int64_t c, SmallOut out) {
+void finish_sums(const Buffer<double>& partial, int64_t n, int64_t parts, int64_t c, SmallOut out) {
   parallel(c, 2 * n * parts, [&](int64_t begin, int64_t end) {
     const int64_t results = out.step == 0 ? 1 : n;
     for (int64_t i = 0; i < results; ++i) std::fill(out.data + i * c + begin, out.data + i * c + end, 0.0);
@@ -417,9 +415,9 @@ void channel_reduce(const T* dy, const T* x, Small center, SmallOut sum_dy, Smal
   if (channels_last) {
     if (center.step == 0 && sum_dy.step == 0 && sum_dy_x.step == 0) s *= n, n = 1;
     const Blocks blocks(n, s, c);
-    std::vector<double> first(blocks.count * c), second(blocks.count * c);
+    Buffer<double> first(blocks.count * c), second(blocks.count * c);
     parallel(blocks.count, 2 * blocks.elements(), [&](int64_t begin, int64_t end) {
-      std::vector<double> scratch;
+      Buffer<double> scratch;
       for (int64_t u = begin; u < end; ++u)
         block_reduce(dy + blocks.offset(u), x + blocks.offset(u), blocks.length(u), blocks.c, blocks.fold,
                      center.sample(blocks.sample(u)), scratch, &first[u * blocks.c], &second[u * blocks.c]);
@@ -429,7 +427,7 @@ void channel_reduce(const T* dy, const T* x, Small center, SmallOut sum_dy, Smal
     return;
   }
   const int64_t segments = divide_up(s, kSegment);
-  std::vector<double> first(n * c * segments), second(n * c * segments);
+  Buffer<double> first(n * c * segments), second(n * c * segments);
   parallel(n * c * segments, 2 * std::min(kSegment, s), [&, c = c, s = s](int64_t begin, int64_t end) {
     for_grid(begin, end, c, segments, [&](int64_t i, int64_t j, int64_t k) {
       const int64_t at = (i * segments + k) * c + j, from = (i * c + j) * s + k * kSegment;

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
+#include <vector>
 
 #include "lanes.h"
 
@@ -18,6 +20,21 @@ constexpr int64_t kGrain = 32768;
 // Longest run that is summed with one shift. 4096 floats stay in the first-level cache; and since the shift is one of the values,
 // (shift - mean)^2 <= count * variance, so at most 12 of a double's 53 bits cancel.
 constexpr int64_t kSegment = 4096;
+
+// Memory that begins on a cache line, so that no vector lies across two.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
+  bool operator==(const LineAllocator&) const { return true; }
+};
+template <class T>
+using Buffer = std::vector<T, LineAllocator<T>>;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

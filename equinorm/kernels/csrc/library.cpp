@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <optional>
-#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -162,8 +161,8 @@ Rows checked_rows(const char* op, int64_t rows, int64_t groups, int64_t k, int64
 }
 
 // One parameter as doubles; where it is absent, `absent` throughout.
-std::vector<double> parameter(const char* op, const char* name, const OptionalTensor& t, int64_t count, double absent) {
-  std::vector<double> values(count, absent);
+Buffer<double> parameter(const char* op, const char* name, const OptionalTensor& t, int64_t count, double absent) {
+  Buffer<double> values(count, absent);
   if (!t) return values;
   REQUIRE(t->is_cpu() && t->is_contiguous(), name, " must be a contiguous tensor on the CPU");
   REQUIRE(t->numel() == count, name, " must have groups * k = ", count, " elements, got ", t->numel());
@@ -187,7 +186,7 @@ void row_forward_op(const Tensor& x, const OptionalTensor& weight, const Optiona
   check_data(op, "y", y, x, rows * shape.length(), false);
   check_statistic(op, "mean", mean, rows);
   check_statistic(op, "rstd", rstd, rows);
-  std::vector<double> w, b;
+  Buffer<double> w, b;
   if (weight || bias) {
     w = parameter(op, "weight", weight, shape.parameters(), 1);
     b = parameter(op, "bias", bias, shape.parameters(), 0);
@@ -208,7 +207,7 @@ void row_backward_op(const Tensor& dy, const Tensor& x, const OptionalTensor& we
   check_data(op, "dx", dx, x, rows * shape.length(), false);
   check_statistic(op, "mean", mean, rows);
   check_statistic(op, "rstd", rstd, rows);
-  std::vector<double> w, unwanted;
+  Buffer<double> w, unwanted;
   double *dw = nullptr, *db = nullptr;
   const auto wanted = [&](const char* name, const OptionalTensor& t) {
     if (!t) {

@@ -3,7 +3,6 @@
 // A row is summed in segments of kSegment elements which are merged in order. One thread takes whole rows; when there are few long
 // rows their pieces are shared out, with the same borders and the same order of merging, so with the same bits.
 #include <numeric>
-#include <vector>
 
 #include "runs.h"
 
@@ -58,7 +57,7 @@ void by_rows(const Rows& shape, int64_t measures, int64_t finishes, const Measur
 // Parameters per column, in both arithmetics; floats only where all of them are moderate enough.
 struct ParameterRow {
   const double* doubles;
-  std::vector<float> floats;
+  Buffer<float> floats;
   ParameterRow(const double* values, int64_t count, bool cut) : doubles(values) {
     if (!values || !cut) return;
     for (int64_t i = 0; i < count; ++i)
@@ -126,7 +125,7 @@ void row_forward(const T* x, const double* weight, const double* bias, T* y, dou
   const std::vector<Piece> pieces = pieces_of(shape);
   const int64_t segments = divide_up(shape.measured, kSegment);
   const auto length = [&](int64_t k) { return std::min(kSegment, shape.measured - k * kSegment); };
-  std::vector<double> means(shape.rows * segments), squares(shape.rows * segments);
+  Buffer<double> means(shape.rows * segments), squares(shape.rows * segments);
   const bool columns = shape.s == 1 && weight;
   const ParameterRow w(columns ? weight : nullptr, shape.parameters(), in_float<T>);
   const ParameterRow b(columns ? bias : nullptr, shape.parameters(), in_float<T>);
@@ -251,7 +250,7 @@ void finish_columns(const T* dy, const T* x, T* dx, int64_t count, double mean, 
 // Sums down the rows for the gradients of some columns' parameters: in float for a few samples, then handed over to doubles.
 struct Running {
   int64_t apart;
-  std::vector<float> values;
+  Buffer<float> values;
   // The two halves are not a multiple of 4096 bytes apart: processors take addresses that are for the same when they check loads
   // against earlier stores.
   explicit Running(int64_t count) : apart(divide_up(count, 1024) * 1024 + 512), values(2 * apart) {}
@@ -271,7 +270,7 @@ void backward_columns(const T* dy, const T* x, const double* weight, const doubl
   const ParameterRow w(weight, shape.parameters(), in_float<T>);
   const int64_t parameters = shape.parameters(), samples = shape.rows / shape.groups, count = static_cast<int64_t>(pieces.size());
   const int64_t height = divide_up(samples, kParts), parts = divide_up(samples, height);
-  std::vector<double> sums_weight(parts * parameters), sums_bias(parts * parameters);
+  Buffer<double> sums_weight(parts * parameters), sums_bias(parts * parameters);
   std::vector<Sums> sums(shape.rows * count);
   std::vector<char> narrow(shape.rows * count);
 
