@@ -8,6 +8,7 @@ from equinorm.norms.evonorm_b import EvoNormB as EvoNormB
 from equinorm.norms.batch import BatchNorm as BatchNorm
 from equinorm.norms.batch_channel import BatchChannelNorm as BatchChannelNorm
 from equinorm.norms.batch_renorm import BatchRenorm as BatchRenorm
+from equinorm.norms.ghost_batch import GhostBatchNorm as GhostBatchNorm
 from equinorm.norms.mean_only_batch import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from equinorm.norms.sync_batch import SyncBatchNorm as SyncBatchNorm
 from equinorm.norms.sync_batch import convert_sync_batchnorm as convert_sync_batchnorm
