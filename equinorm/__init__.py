@@ -37,6 +37,7 @@ from equinorm.norms.local_response import LocalResponseNorm as LocalResponseNorm
 
 # Learned mixtures
 from equinorm.norms.attentive import AttentiveNorm as AttentiveNorm
+from equinorm.norms.ilm import ILMNorm as ILMNorm
 from equinorm.norms.mixture import MixtureNorm as MixtureNorm
 from equinorm.norms.mode import ModeNorm as ModeNorm
 from equinorm.norms.mode_group import ModeGroupNorm as ModeGroupNorm

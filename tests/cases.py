@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import equinorm
-from tests.references import batch_family, evonorm, mixture
+from tests.references import batch_family, evonorm, mixture, online
 from tests.references import conditional, learned
 from tests.references import mode
 from tests.references import local
 from tests.references import norms as reference
+from tests.references import residual as residual_reference
 from tests.references import weight as weight_reference
 
 Reference = Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -150,6 +151,48 @@ CASES: tuple[Case, ...] = (
         },
     ),
     Case(
+        cls=equinorm.DynamicTanh,
+        args=(6,),
+        reference=residual_reference.dynamic_tanh,
+        options=({}, {"alpha_init": 0.9, "bias": False}, {"elementwise_affine": False}),
+        geometry="row",
+        shape=(4, 5, 6),
+        masked=False,
+        bad={"size": (lambda: equinorm.DynamicTanh(0), ValueError, "DynamicTanh: normalized_shape must hold sizes of at least 1, got 0")},
+    ),
+    Case(
+        cls=equinorm.DynamicErf,
+        args=(6,),
+        reference=residual_reference.dynamic_erf,
+        options=({}, {"alpha_init": 0.9, "shift_init": 0.3, "bias": False}, {"elementwise_affine": False}),
+        geometry="row",
+        shape=(4, 5, 6),
+        masked=False,
+    ),
+    Case(
+        cls=equinorm.LayerScale,
+        args=(6,),
+        reference=residual_reference.layer_scale,
+        options=({"init": 0.1}, {}),
+        geometry="row",
+        shape=(4, 5, 6),
+        masked=False,
+        bad={"dim": (lambda: equinorm.LayerScale(0), ValueError, "LayerScale: dim must be at least 1, got 0")},
+    ),
+    Case(
+        cls=equinorm.DeepNorm,
+        args=(6, 2.5),
+        reference=lambda x, p, branch, **kw: residual_reference.deep_norm(x, p, branch, alpha=2.5, **kw),
+        options=({}, {"eps": 1e-3}, {"elementwise_affine": False}),
+        geometry="row",
+        shape=(4, 5, 6),
+        extra=lambda x, generator: (2 * x.detach().sin(),),
+        bad={
+            "alpha": (lambda: equinorm.DeepNorm(6, 0.0), ValueError, "DeepNorm: alpha must be positive and finite, got 0.0"),
+            "eps": (lambda: equinorm.DeepNorm(6, 1.0, eps=-1.0), ValueError, "DeepNorm: eps must be"),
+        },
+    ),
+    Case(
         cls=equinorm.MeanOnlyBatchNorm,
         args=(6,),
         reference=weight_reference.mean_only_batch,
@@ -186,10 +229,18 @@ CASES: tuple[Case, ...] = (
             {"virtual_batch_size": 1, "track_running_stats": False},
         ),
         bad={
-            "both": (lambda: equinorm.GhostBatchNorm(6, 8, num_splits=2), ValueError, "GhostBatchNorm: give virtual_batch_size or num_splits"),
+            "both": (
+                lambda: equinorm.GhostBatchNorm(6, 8, num_splits=2),
+                ValueError,
+                "GhostBatchNorm: give virtual_batch_size or num_splits",
+            ),
             "size": (lambda: equinorm.GhostBatchNorm(6, 0), ValueError, "GhostBatchNorm: virtual_batch_size must be .* got 0"),
             "splits": (lambda: equinorm.GhostBatchNorm(6, num_splits=0), ValueError, "GhostBatchNorm: num_splits must be .* got 0"),
-            "stats": (lambda: equinorm.GhostBatchNorm(6, running_stats="last"), ValueError, "GhostBatchNorm: running_stats must be .* 'last'"),
+            "stats": (
+                lambda: equinorm.GhostBatchNorm(6, running_stats="last"),
+                ValueError,
+                "GhostBatchNorm: running_stats must be .* 'last'",
+            ),
             "momentum": (lambda: equinorm.GhostBatchNorm(6, momentum=2.0), ValueError, "GhostBatchNorm: momentum"),
         },
     ),
@@ -340,6 +391,35 @@ CASES: tuple[Case, ...] = (
         masked=False,
         # Below their bounds the gradient of the parameters is by design not the derivative; test_generalized_divisive.py looks there.
         ready=lambda module, x: [p.data.abs_().add_(0.1) for p in module.parameters()],
+    ),
+    Case(
+        cls=equinorm.LocalContrastNorm,
+        args=(),
+        reference=local.local_contrast,
+        options=(
+            {"kernel_size": 3},
+            {},
+            {"sigma": None, "across_channels": False, "kernel_size": (3, 5)},
+            {"kernel_size": 3, "threshold": 0.7, "sigma": 1.0},
+        ),
+        spatial=(1, 2, 3),
+        counted=False,
+    ),
+    Case(
+        cls=equinorm.SubtractiveNorm,
+        args=(),
+        reference=local.subtractive,
+        options=({"kernel_size": 3}, {"sigma": None, "across_channels": False}),
+        spatial=(1, 2, 3),
+        counted=False,
+    ),
+    Case(
+        cls=equinorm.DivisiveNorm,
+        args=(),
+        reference=local.divisive,
+        options=({"kernel_size": 3}, {"sigma": None, "across_channels": False, "threshold": 1.5}, {"eps": 3.0, "kernel_size": 3}),
+        spatial=(1, 2, 3),
+        counted=False,
     ),
     Case(
         cls=equinorm.PixelNorm,
@@ -554,6 +634,61 @@ CASES: tuple[Case, ...] = (
                 ValueError,
                 "process_group must be None",
             ),
+        },
+    ),
+    Case(
+        cls=equinorm.OnlineNorm,
+        args=(6,),
+        reference=online.online,
+        options=(
+            {},
+            {"alpha_fwd": 0.9, "alpha_bkw": 0.8, "ecm": None},
+            {"alpha_fwd": 0.9, "alpha_bkw": 0.8, "ecm": "ac", "clamp_val": 1.0},
+            {"alpha_fwd": 0.5, "alpha_bkw": 0.5, "affine": False, "ls_eps": 0.1, "eps": 1e-3},
+            {"alpha_fwd": 0.9, "alpha_bkw": 0.1, "ecm": None, "clip_control": True},
+        ),
+        derivative=False,
+        steady=False,
+        bad={
+            "alpha_fwd": (lambda: equinorm.OnlineNorm(6, 1.5), ValueError, r"OnlineNorm: alpha_fwd must be a number in \[0, 1\], got 1.5"),
+            "alpha_bkw": (lambda: equinorm.OnlineNorm(6, alpha_bkw=-1), ValueError, "OnlineNorm: alpha_bkw must be a number in"),
+            "ecm": (lambda: equinorm.OnlineNorm(6, ecm="gs"), ValueError, "OnlineNorm: ecm must be .* got 'gs'"),
+            "clamp_val": (lambda: equinorm.OnlineNorm(6, clamp_val=0.0), ValueError, "OnlineNorm: clamp_val must be positive, got 0"),
+            "ls_eps": (lambda: equinorm.OnlineNorm(6, ls_eps=-1.0), ValueError, "OnlineNorm: ls_eps must be"),
+        },
+    ),
+    Case(
+        cls=equinorm.LayerScaling,
+        args=(),
+        reference=online.layer_scaling,
+        options=({}, {"group_size": 2, "eps": 1e-3}),
+        counted=False,
+        bad={
+            "group_size": (
+                lambda: equinorm.LayerScaling(0),
+                ValueError,
+                "LayerScaling: group_size must be an integer of at least 1, got 0",
+            ),
+            "channels": (
+                lambda: equinorm.LayerScaling(4)(torch.zeros(2, 6)),
+                ValueError,
+                "LayerScaling: group_size must divide the number of channels, got 4 for 6",
+            ),
+        },
+    ),
+    Case(
+        cls=equinorm.ILMNorm,
+        args=(6,),
+        reference=learned.ilm,
+        options=(
+            {"num_groups": 3, "key_group_size": 2},
+            {"norm": "instance", "key_group_size": 1, "reduction": 2},
+            {"norm": "layer", "key_group_size": 3, "eps": 1e-3},
+        ),
+        bad={
+            "norm": (lambda: equinorm.ILMNorm(32, norm="batch"), ValueError, "ILMNorm: norm must be .* got 'batch'"),
+            "groups": (lambda: equinorm.ILMNorm(48), ValueError, "ILMNorm: num_groups must divide .* got 32 groups for 48 channels"),
+            "keys": (lambda: equinorm.ILMNorm(24, num_groups=3), ValueError, "key_group_size must divide .* got 16 for 24 .* use one of"),
         },
     ),
 )

@@ -88,3 +88,24 @@ def attentive(
             gamma, beta = ((z[i] * p[name][:, j]).sum() for name in ("weight", "bias"))
             rows.append(gamma * (x[i, j] - mu) / torch.sqrt(var + eps) + beta)
     return padded_as_zero(torch.stack(rows).reshape(x.shape), mask), updates
+
+
+def ilm(x, p, *, mask=None, norm="group", num_groups=32, key_group_size=16, eps=1e-5, **_):
+    mask = everything(x) if mask is None else mask
+    n, c = x.shape[:2]
+    size = {"group": c // num_groups if num_groups <= c else c, "instance": 1, "layer": c}[norm]
+    samples = []
+    for i in range(n):
+        keys = [moments(torch.stack([x[i, j][mask[i]] for j in range(g, g + key_group_size)])) for g in range(0, c, key_group_size)]
+        key_mean, key_var = (torch.stack([key[part] for key in keys]) for part in (0, 1))
+        codes = [[(row * z).sum().clamp(min=0) for row in p["encoder"]] for z in (key_var, key_mean)]
+        omega = [1 / (1 + torch.exp(-sum(w * e for w, e in zip(row, codes[0], strict=True)))) for row in p["to_weight"]]
+        beta = [torch.tanh(sum(w * e for w, e in zip(row, codes[1], strict=True))) for row in p["to_bias"]]
+        channels = []
+        for j in range(c):
+            first = j // size * size
+            mu, var = moments(torch.stack([x[i, g][mask[i]] for g in range(first, first + size)]))
+            key = j // key_group_size
+            channels.append((omega[key] + p["weight"][j]) * (x[i, j] - mu) / torch.sqrt(var + eps) + beta[key] + p["bias"][j])
+        samples.append(torch.stack(channels))
+    return padded_as_zero(torch.stack(samples), mask), {}
