@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from equinorm.core.sync import LEAST, gather
@@ -47,6 +48,17 @@ class Moments(NamedTuple):
         pooled = Moments(self.mean.reshape(grouped), self.var.reshape(grouped), count)._pooled(2)
         count = pooled.count[..., 0] if isinstance(pooled.count, Tensor) else pooled.count
         return Moments(pooled.mean.expand(grouped).reshape(n, c), pooled.var.expand(grouped).reshape(n, c), count)
+
+    def over_chunks(self, chunks: int) -> Moments:
+        """Pool over each of ``chunks`` runs of consecutive samples, as near to equal as can be, the longer ones first: ``(chunks, C)``."""
+        n = self.mean.shape[0]
+        size, longer = divmod(n, chunks)
+        count = torch.as_tensor(self.count, dtype=self.mean.dtype, device=self.mean.device).expand(n, 1)
+        pooled = []
+        for start, runs, length in ((0, longer, size + 1), (longer * (size + 1), chunks - longer, size)):
+            parts = (part[start : start + runs * length].reshape(runs, length, part.shape[1]) for part in (self.mean, self.var, count))
+            pooled.append(Moments(*parts)._pooled(1))
+        return Moments(*(torch.cat(parts).squeeze(1) for parts in zip(*pooled, strict=True)))
 
     def weighted_over_batch(self, weights: Tensor, group: Group = None) -> Moments:
         """Pool over the samples with a weight for each, once per column of ``weights``, and over the processes of ``group``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.references.norms import everything, moments, padded_as_zero, per_channel, rate
+from tests.references.norms import batch, everything, moments, padded_as_zero, per_channel, rate
 
 
 def filter_response(x, p, *, mask=None, eps=1e-6, **_):
@@ -68,3 +68,42 @@ def batch_renorm(
         f"running_{track}": p[f"running_{track}"] + a * (torch.stack(spreads) - p[f"running_{track}"]),
         "num_batches_tracked": p["num_batches_tracked"] + 1,
     }
+
+
+def ghost_batch(
+    x,
+    p,
+    *,
+    training,
+    mask=None,
+    virtual_batch_size=128,
+    num_splits=None,
+    eps=1e-5,
+    momentum=0.1,
+    track_running_stats=True,
+    running_stats="sequential",
+    **_,
+):
+    if not training and track_running_stats:
+        return batch(x, p, training=False, mask=mask, eps=eps)
+    mask = everything(x) if mask is None else mask
+    parts = num_splits or -(-len(x) // virtual_batch_size)
+    outputs, updates, steps = [], {}, 0
+    totals = {"running_mean": 0.0, "running_var": 0.0}
+    state = {**p}
+    for piece, known in zip(x.tensor_split(parts), mask.tensor_split(parts), strict=True):
+        y, moved = batch(piece, state, training=True, mask=known, eps=eps, momentum=momentum, track_running_stats=track_running_stats)
+        outputs.append(y)
+        if track_running_stats:
+            r, steps = rate(state, momentum), steps + 1
+            for name in totals:
+                totals[name] = totals[name] + (moved[name] - (1 - r) * state[name]) / r  # what this part alone holds
+            if momentum is not None:
+                state |= moved | {"num_batches_tracked": p["num_batches_tracked"]}
+    if track_running_stats:
+        updates = {name: state[name] for name in totals}
+        if momentum is None or running_stats == "mean":
+            r = rate(p, None) if momentum is None else 1 - (1 - momentum) ** steps
+            updates = {name: (1 - r) * p[name] + r * total / steps for name, total in totals.items()}
+        updates["num_batches_tracked"] = p["num_batches_tracked"] + 1
+    return torch.cat(outputs), updates
