@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # Statistics over the batch
+from equinorm.norms.online import OnlineNorm as OnlineNorm
 from equinorm.norms.activation import ActNorm as ActNorm
 from equinorm.norms.evonorm_b import EvoNormB as EvoNormB
 from equinorm.norms.batch import BatchNorm as BatchNorm
@@ -15,6 +16,7 @@ from equinorm.norms.sync_batch import convert_sync_batchnorm as convert_sync_bat
 from equinorm.norms.sync_batch import revert_sync_batchnorm as revert_sync_batchnorm
 
 # Statistics within a sample
+from equinorm.norms.layer_scaling import LayerScaling as LayerScaling
 from equinorm.norms.evonorm_s import EvoNormS as EvoNormS
 from equinorm.norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from equinorm.norms.filter_response_tlu import FilterResponseNormTLU as FilterResponseNormTLU
@@ -33,6 +35,9 @@ from equinorm.norms.thresholded_linear import TLU as TLU
 
 # Statistics in a neighbourhood
 from equinorm.norms.generalized_divisive import GeneralizedDivisiveNorm as GeneralizedDivisiveNorm
+from equinorm.norms.local_contrast import DivisiveNorm as DivisiveNorm
+from equinorm.norms.local_contrast import LocalContrastNorm as LocalContrastNorm
+from equinorm.norms.local_contrast import SubtractiveNorm as SubtractiveNorm
 from equinorm.norms.local_response import LocalResponseNorm as LocalResponseNorm
 
 # Learned mixtures
@@ -93,6 +98,27 @@ from equinorm.weight.standardization import WSConv2d as WSConv2d
 from equinorm.weight.standardization import WSConv3d as WSConv3d
 from equinorm.weight.standardization import WSLinear as WSLinear
 from equinorm.weight.standardization import weight_standardization as weight_standardization
+
+# Residual branches, bounded functions and gradients: signal preservation without statistics
+from equinorm.residual.deep_norm import DeepNorm as DeepNorm
+from equinorm.residual.deep_norm import deepnorm_constants as deepnorm_constants
+from equinorm.residual.deep_norm import deepnorm_init_ as deepnorm_init_
+from equinorm.residual.dynamic_erf import DynamicErf as DynamicErf
+from equinorm.residual.dynamic_tanh import DynamicTanh as DynamicTanh
+from equinorm.residual.fixup import FixupBlock as FixupBlock
+from equinorm.residual.fixup import fixup_init_ as fixup_init_
+from equinorm.residual.fixup import fixup_parameter_groups as fixup_parameter_groups
+from equinorm.residual.gradient_clip import AdaptiveGradientClip as AdaptiveGradientClip
+from equinorm.residual.gradient_clip import adaptive_clip_grad_ as adaptive_clip_grad_
+from equinorm.residual.layer_scale import LayerScale as LayerScale
+from equinorm.residual.magnitude import MPFourier as MPFourier
+from equinorm.residual.magnitude import mp_cat as mp_cat
+from equinorm.residual.magnitude import mp_silu as mp_silu
+from equinorm.residual.magnitude import mp_sum as mp_sum
+from equinorm.residual.rezero import ReZero as ReZero
+from equinorm.residual.scaling import ScaledResidual as ScaledResidual
+from equinorm.residual.scaling import variance_preserving_sum as variance_preserving_sum
+from equinorm.residual.skip_init import SkipInit as SkipInit
 
 # The catalogue and the choice of implementation
 from equinorm.catalogue import create as create

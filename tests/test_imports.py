@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "core": {"kernels"},
     "norms": {"core", "kernels"},
     "conditional": {"core", "kernels"},
-    "residual": {"core", "kernels"},
+    "residual": {"core", "kernels", "weight"},
     "weight": set(),
     "probe": {"kernels.activations"},
     "init": {"kernels.activations"},

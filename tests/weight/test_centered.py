@@ -56,9 +56,9 @@ def test_keeps_the_second_moment_behind_a_relu():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="centered_weight_norm: every output unit must have at least 2 weights, got 1"):
+    with pytest.raises(ValueError, match=r"centered_weight_norm: every output unit must have at least 2 weights, got 1"):
         centered_weight_norm(nn.Conv2d(4, 4, 1, groups=4))
-    with pytest.raises(ValueError, match="eps must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"eps must be positive, got 0"):
         centered_weight_norm(nn.Linear(4, 4), eps=0)
-    with pytest.raises(ValueError, match="scale must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"scale must be positive, got 0"):
         centered_weight_norm(nn.Linear(4, 4), scale=0)

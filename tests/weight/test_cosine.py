@@ -183,9 +183,9 @@ def test_scale_is_a_factor_and_may_be_learned():
 def test_errors():
     with pytest.raises(ValueError, match=r"CosineLinear: eps must be positive, got 0\.0"):
         CosineLinear(3, 2, eps=0.0)
-    with pytest.raises(ValueError, match="CosineConv2d: centered needs at least 2 inputs per output unit, got 1"):
+    with pytest.raises(ValueError, match=r"CosineConv2d: centered needs at least 2 inputs per output unit, got 1"):
         CosineConv2d(4, 4, 1, groups=4, centered=True)
-    with pytest.raises(ValueError, match="learnable_scale needs a value to start from; pass scale"):
+    with pytest.raises(ValueError, match=r"learnable_scale needs a value to start from; pass scale"):
         CosineLinear(3, 2, learnable_scale=True)
     with pytest.raises(ValueError, match=r"CosineLinear: the input must have shape \(\*, 3\), got \(2, 4\)"):
         CosineLinear(3, 2)(torch.randn(2, 4))

@@ -76,9 +76,9 @@ def test_it_equalizes_adams_steps_and_squares_those_of_sgd():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="equalized_lr: gain must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"equalized_lr: gain must be positive, got 0"):
         equalized_lr(nn.Linear(2, 2), gain=0)
-    with pytest.raises(ValueError, match="EqualizedLinear: lr_multiplier must be positive, got -1"):
+    with pytest.raises(ValueError, match=r"EqualizedLinear: lr_multiplier must be positive, got -1"):
         EqualizedLinear(2, 2, lr_multiplier=-1)
-    with pytest.warns(UserWarning, match="zero-element"), pytest.raises(ValueError, match="must have at least 1 weight, got 0"):
+    with pytest.warns(UserWarning, match=r"zero-element"), pytest.raises(ValueError, match=r"must have at least 1 weight, got 0"):
         EqualizedLinear(0, 2)

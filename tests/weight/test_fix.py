@@ -53,11 +53,11 @@ def test_the_padding_row_stays_zero():
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="fix_norm: length must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"fix_norm: length must be positive, got 0"):
         fix_norm(nn.Linear(2, 2), length=0.0)
-    with pytest.raises(ValueError, match="fix_norm: eps must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"fix_norm: eps must be positive, got 0"):
         fix_norm(nn.Linear(2, 2), eps=0.0)
-    with pytest.raises(ValueError, match="fix_norm: Linear must have a parameter named 'words'"):
+    with pytest.raises(ValueError, match=r"fix_norm: Linear must have a parameter named 'words'"):
         fix_norm(nn.Linear(2, 2), "words")
     with pytest.raises(ValueError, match=r"fix_norm: ParametrizedLinear\.weight already has it"):
         fix_norm(fix_norm(nn.Linear(2, 2)))

@@ -96,14 +96,14 @@ def test_the_forward_is_pure_where_the_published_one_writes_its_weight():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="MPConv2d: a magnitude-preserving layer has no bias; append a channel of ones"):
+    with pytest.raises(ValueError, match=r"MPConv2d: a magnitude-preserving layer has no bias; append a channel of ones"):
         MPConv2d(3, 4, 3, bias=True)
-    with pytest.raises(ValueError, match="MPLinear: eps must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"MPLinear: eps must be positive, got 0"):
         MPLinear(3, 4, eps=0)
-    with pytest.raises(ValueError, match="forced_weight_norm: gain must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"forced_weight_norm: gain must be positive, got 0"):
         forced_weight_norm(nn.Linear(3, 4), gain=0)
-    with pytest.warns(UserWarning, match="zero-element"), pytest.raises(ValueError, match="must have at least 1 weight, got 0"):
+    with pytest.warns(UserWarning, match=r"zero-element"), pytest.raises(ValueError, match=r"must have at least 1 weight, got 0"):
         MPLinear(0, 4)
     model = nn.Linear(3, 4)
-    with pytest.raises(ValueError, match="Linear must contain a layer with forced_weight_norm, or MPLinear"):
+    with pytest.raises(ValueError, match=r"Linear must contain a layer with forced_weight_norm, or MPLinear"):
         project_after_step(model, torch.optim.SGD(model.parameters(), lr=0.1))

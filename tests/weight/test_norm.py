@@ -97,11 +97,11 @@ def test_a_zero_unit_still_learns():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="weight_norm: eps must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"weight_norm: eps must be positive, got 0"):
         weight_norm(nn.Linear(2, 2), eps=0)
     with pytest.raises(ValueError, match=r"weight_norm: dim must lie in \[-2, 1\]"):
         weight_norm(nn.Linear(2, 2), dim=2)
-    with pytest.raises(ValueError, match="must have a parameter named 'weigt'"):
+    with pytest.raises(ValueError, match=r"must have a parameter named 'weigt'"):
         weight_norm(nn.Linear(2, 2), name="weigt", dim=None)
 
 
@@ -180,17 +180,17 @@ def test_data_dependent_init_of_a_shared_layer_happens_at_its_first_use():
 
 
 def test_data_dependent_init_errors():
-    with pytest.raises(ValueError, match="Linear must contain a layer with weight_norm"):
+    with pytest.raises(ValueError, match=r"Linear must contain a layer with weight_norm"):
         data_dependent_init_(nn.Linear(2, 2), torch.randn(3, 2))
-    with pytest.raises(ValueError, match="must contain a layer with weight_norm"):
+    with pytest.raises(ValueError, match=r"must contain a layer with weight_norm"):
         data_dependent_init_(weight_norm(nn.Linear(2, 2), dim=None), torch.randn(3, 2))
     model = nn.Sequential(weight_norm(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="must vary over the batch and be finite; '0' has units of variance 0 to 0 in an output of shape"):
+    with pytest.raises(ValueError, match=r"must vary over the batch and be finite; '0' has units of variance 0 to 0 in an output of shape"):
         data_dependent_init_(model, torch.randn(1, 2))
     assert not model[0]._forward_hooks
-    with pytest.raises(ValueError, match="must vary over the batch"):
+    with pytest.raises(ValueError, match=r"must vary over the batch"):
         data_dependent_init_(model, torch.full((1000, 2), 0.3))
-    with pytest.raises(ValueError, match="must vary over the batch and be finite"):
+    with pytest.raises(ValueError, match=r"must vary over the batch and be finite"):
         data_dependent_init_(model, torch.tensor([[1.0, float("nan")], [0.0, 0.0]]))
     lonely = Shared()
     lonely.forward = lambda x: x

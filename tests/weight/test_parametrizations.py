@@ -255,5 +255,5 @@ def test_facts_and_docstring(case):
 @every_case
 def test_registering_twice_is_refused(case):
     module, _ = build(case, "conv2d")
-    with pytest.raises(ValueError, match="already has it; remove it with"):
+    with pytest.raises(ValueError, match=r"already has it; remove it with"):
         case.apply(module)

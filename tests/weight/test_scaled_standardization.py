@@ -103,7 +103,7 @@ def test_loads_gains_of_both_published_shapes():
     for shape in ((4,), (4, 1, 1, 1)):
         layer.load_state_dict({**state, "gain": gain.view(shape)})
         assert torch.equal(layer.gain, gain)
-    with pytest.raises(RuntimeError, match="size mismatch for gain"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for gain"):
         layer.load_state_dict({**state, "gain": torch.ones(5)})
 
 
@@ -147,21 +147,21 @@ def test_gain_makes_variance_one_and_the_presets_are_close():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="scaled_weight_standardization: every output unit must have at least 2 weights"):
+    with pytest.raises(ValueError, match=r"scaled_weight_standardization: every output unit must have at least 2 weights"):
         scaled_weight_standardization(nn.Conv2d(4, 4, 1, groups=4))
-    with pytest.raises(ValueError, match="ScaledWSLinear: eps must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"ScaledWSLinear: eps must be positive, got 0"):
         ScaledWSLinear(4, 4, eps=0)
-    with pytest.raises(ValueError, match="gamma must be positive, got -1"):
+    with pytest.raises(ValueError, match=r"gamma must be positive, got -1"):
         ScaledWSLinear(4, 4, gamma=-1)
-    with pytest.raises(ValueError, match="eps_mode must be clamp or inside, got 'outside'"):
+    with pytest.raises(ValueError, match=r"eps_mode must be clamp or inside, got 'outside'"):
         scaled_weight_standardization(nn.Linear(4, 4), eps_mode="outside")
     with pytest.raises(ValueError, match=r"must be a function of torch\.nn\.functional, got 'rleu'"):
         variance_gain("rleu")
     with pytest.raises(ValueError, match='preset must be "exact" or "deepmind", got \'timm\''):
         variance_gain("relu", "timm")
-    with pytest.raises(ValueError, match="has constants for celu, elu"):
+    with pytest.raises(ValueError, match=r"has constants for celu, elu"):
         variance_gain("mish", "deepmind")
-    with pytest.raises(ValueError, match="must vary and be finite"):
+    with pytest.raises(ValueError, match=r"must vary and be finite"):
         variance_gain(torch.zeros_like)
-    with pytest.raises(ValueError, match="must be elementwise"):
+    with pytest.raises(ValueError, match=r"must be elementwise"):
         variance_gain(torch.sum)

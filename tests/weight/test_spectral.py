@@ -179,7 +179,7 @@ def test_fft_compiles_copies_and_survives_zero_weights():
     module(x).sum().backward()
     assert module.weight.abs().max() == 0
     assert module.parametrizations.weight.original.grad.isfinite().all()
-    with pytest.raises(ValueError, match="already has it"):
+    with pytest.raises(ValueError, match=r"already has it"):
         spectral_norm(module, method="fft", input_shape=(4, 4))
 
 

@@ -152,7 +152,7 @@ def test_projection_errors():
         stable_rank_projection(w, 1.5, 2)
     with pytest.raises(ValueError, match=r"must be a matrix, got shape \(3,\)"):
         stable_rank_projection(w[0], 1.5)
-    with pytest.raises(ValueError, match="rank must be at least 1"):
+    with pytest.raises(ValueError, match=r"rank must be at least 1"):
         stable_rank_projection(w, 0.9)
-    with pytest.raises(ValueError, match="preserve must be at least 0"):
+    with pytest.raises(ValueError, match=r"preserve must be at least 0"):
         stable_rank_projection(w, 1.5, -1)

@@ -177,14 +177,14 @@ def test_errors(make, options, error, message):
 
 
 def test_layer_errors_name_the_layer():
-    with pytest.raises(ValueError, match="WSConv2d: every output unit must have at least 2 weights"):
+    with pytest.raises(ValueError, match=r"WSConv2d: every output unit must have at least 2 weights"):
         WSConv2d(4, 4, 1, groups=4)
-    with pytest.raises(ValueError, match="WSLinear: eps must be positive"):
+    with pytest.raises(ValueError, match=r"WSLinear: eps must be positive"):
         WSLinear(4, 4, eps=-1.0)
 
 
 def test_a_scalar_parameter_is_refused():
     module = nn.Module()
     module.scale = nn.Parameter(torch.tensor(1.0))
-    with pytest.raises(ValueError, match="at least one dimension, got a scalar"):
+    with pytest.raises(ValueError, match=r"at least one dimension, got a scalar"):
         weight_standardization(module, name="scale")
