@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from equinorm.facts import Facts
 
 
-def check_eps(module: nn.Module, eps: float) -> None:
+def check_eps(module: nn.Module, eps: float, name: str = "eps") -> None:
     """Raises ValueError unless ``eps`` is a finite number of at least 0."""
     if not 0 <= eps < float("inf"):
-        raise ValueError(f"{type(module).__name__}: eps must be a finite number of at least 0, got {eps}")
+        raise ValueError(f"{type(module).__name__}: {name} must be a finite number of at least 0, got {eps}")
 
 
 def check_count(module: nn.Module, **counts: int) -> None:
