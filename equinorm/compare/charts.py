@@ -206,8 +206,9 @@ def _svg(figure: Figure, name: str, description: str) -> Markup:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML prologue and document type, which have no place inside HTML
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"( [^>]*?)width="[^"]*"', r"\1\2\3", svg, count=1)
+    svg = svg[svg.index("<svg") :]  # without the XML prologue and document type; they, and namespaces, have no place inside HTML
+    svg = re.sub(r' (xmlns(:\w+)?|width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # matplotlib's own names, the same in every figure of the page
     svg = re.sub(r"font(-family)?: ?[^;\"]*sans-serif[^;\"]*", _font, svg)
     for placeholder in set(re.findall(r"#0000\d\d|#0001\d\d", svg)):
         variable = VARIABLES.get(placeholder) or f"--norm-{int(placeholder[-2:], 16)}"

@@ -57,9 +57,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str | None]:
-    """Installed versions of the optional dependencies; None for those that are not there."""
-    return {distribution: _version(distribution) for _, distribution, _ in OPTIONAL}
+def versions(*extras: str) -> dict[str, str | None]:
+    """Installed versions of the dependencies that these extras bring; None for those that are not there."""
+    return {distribution: _version(distribution) for _, distribution, extra in OPTIONAL if extra in extras}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -69,7 +69,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Print what this installation consists of."""
-    found = {**machine(), "cuda": torch.version.cuda if torch.cuda.is_available() else None, "kernels": cpu.info(), "optional": versions()}
+    found = {
+        **machine(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "kernels": cpu.info(),
+        "optional": versions("compare", "parquet"),
+    }
     if arguments.json:
         print(json.dumps(found, indent=2, default=str))
         return 0

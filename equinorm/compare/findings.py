@@ -31,7 +31,7 @@ def label(key: str) -> str:
 
 def findings(comparison: Comparison) -> list[str]:
     """The sentences, from the most general to the most particular."""
-    sentences = [_progress(comparison)]
+    sentences: list[str] = []
     if len(comparison.plan.norms) > 1:
         sentences += filter(None, (_best_at(comparison, batch_size) for batch_size in sorted(comparison.plan.batch_sizes, reverse=True)))
     if len(comparison.plan.batch_sizes) > 1:
@@ -58,7 +58,8 @@ def interval_statement(comparison: Comparison) -> str:
     )
 
 
-def _progress(comparison: Comparison) -> str:
+def progress(comparison: Comparison) -> str:
+    """How many cells there are, and what became of them."""
     total, failures = len(comparison.plan.cells()), comparison.failures
     text = f"{total} cells were asked for and {len(comparison.outcomes) - len(failures)} were measured to the end."
     if failures:

@@ -12,9 +12,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from equinorm.compare import charts
+from equinorm.compare.cells import Cell
 from equinorm.compare.environment import versions
-from equinorm.compare.findings import bounds, findings, interval_statement, label, number
-from equinorm.compare.outcomes import FAILURES, Failed
+from equinorm.compare.findings import findings, interval_statement, label, number, progress
+from equinorm.compare.outcomes import FAILURES, Failed, FailureKind
 from equinorm.compare.results import Comparison, Row, at_edge
 
 
@@ -38,7 +39,7 @@ def write_report(comparisons: Sequence[Comparison], path: Path) -> Path:
     environment.filters.update(label=label, number=number)
     template = environment.get_template("report.html.j2")
     sections = [_section(comparison, f"c{index}") for index, comparison in enumerate(comparisons)]
-    html = template.render(sections=sections, written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), versions=versions())
+    html = template.render(sections=sections, written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), versions=versions("compare"))
     path.write_text(html, encoding="utf-8")
     return path
 
@@ -55,7 +56,9 @@ def _section(comparison: Comparison, name: str) -> dict[str, Any]:
         "metric": label(comparison.metric_key),
         "curve": label(charts.curve_key(comparison)),
         "direction": "higher is better" if comparison.higher_is_better else "lower is better",
+        "shown": {row.norm for row in comparison.rows if row.interval},
         "styles": charts.styles(plan.norms),
+        "progress": progress(comparison),
         "findings": findings(comparison),
         "intervals": interval_statement(comparison),
         "main": charts.by_batch_size(comparison, f"{name}-main"),
@@ -78,7 +81,7 @@ def _cell(row: Row, seeds: int) -> dict[str, str]:
         return {"value": ", ".join(kinds) or "not finished", "interval": "", "note": ""}
     return {
         "value": number(row.interval.median),
-        "interval": bounds(row.interval) if row.interval.count > 1 else "",
+        "interval": f"{number(row.interval.low)}–{number(row.interval.high)}" if row.interval.count > 1 else "",
         "note": "" if row.interval.count == seeds else f"{row.interval.count} of {seeds} seeds",
     }
 
@@ -99,18 +102,17 @@ def _rate(comparison: Comparison, norm: str, size: int) -> str:
 
 
 def _grouped_failures(comparison: Comparison) -> list[dict[str, Any]]:
-    """Cells that failed for the same reason, together."""
-    groups: dict[tuple[str, str, str], list[tuple[Any, Failed]]] = defaultdict(list)
+    """The failed cells of a norm that failed in the same way, together."""
+    groups: dict[tuple[str, FailureKind], dict[Cell, Failed]] = defaultdict(dict)
     for cell, failed in comparison.failures.items():
-        groups[cell.norm, failed.kind, failed.reason].append((cell, failed))
+        groups[cell.norm, failed.kind][cell] = failed
     return [
         {
             "norm": norm,
             "kind": kind,
-            "meaning": FAILURES[members[0][1].kind],
-            "reason": reason,
-            "cells": [cell.key.removeprefix(f"{norm} ") for cell, _ in members],
-            "details": members[0][1].details,
+            "meaning": FAILURES[kind],
+            "reasons": {cell.key.removeprefix(f"{norm} "): failed.reason for cell, failed in members.items()},
+            "details": next(iter(members.values())).details,
         }
-        for (norm, kind, reason), members in groups.items()
+        for (norm, kind), members in groups.items()
     ]

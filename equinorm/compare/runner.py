@@ -13,7 +13,7 @@ from equinorm.compare.plan import Plan
 from equinorm.compare.pool import Pool
 from equinorm.compare.progress import Lines, Progress
 from equinorm.compare.results import Comparison
-from equinorm.compare.study import Study
+from equinorm.compare.study import STORAGE_ERRORS, Study, first_line, shown
 from equinorm.compare.task import Task
 from equinorm.compare.worker import BadTask, Job
 from equinorm.kernels import cpu
@@ -57,12 +57,15 @@ def compare(
         Interrupted: stopped by Ctrl-C; finished cells are kept.
     """
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder of the results cannot be made: {error}") from error
+    storage = storage or f"sqlite:///{folder / 'study.db'}"
     task, cells = Task(plan.task), plan.cells()
-    queue = Study(storage or f"sqlite:///{folder / 'study.db'}", study or plan.task, plan.identity(), plan.direction, stale_after)
+    queue = Study(storage, study or plan.task, plan.identity(), plan.direction, stale_after)
     if measure:
-        queue.recover(cells)
-        queue.enqueue(cells, retry_failed)
+        log = folder / LOG
         job = Job(
             task=plan.task,
             arguments=plan.task_arguments(task),
@@ -70,11 +73,19 @@ def compare(
             choose_rate=len(plan.learning_rates) > 1,
             device=plan.device,
             threads=max(1, cores() // workers),
-            log=str(folder / LOG),
+            log=str(log),
         )
         cpu.available()  # compiles the kernels before the first cell instead of in it
-        with progress or Lines(workers) as shown:
-            _measure(queue, cells, Pool(workers, job, [task.module.__name__]), plan.metric, shown)
+        try:
+            queue.recover(cells)
+            queue.enqueue(cells, retry_failed)
+            with progress or Lines(workers) as display:
+                _measure(queue, cells, Pool(workers, job, [task.module.__name__]), plan.metric, display)
+        except STORAGE_ERRORS as error:
+            kept = "finished cells are kept, and the same command goes on from there"
+            raise InputError(f"storage {shown(storage)} failed: {first_line(error)}; {kept}") from error
+        if log.exists() and log.stat().st_size == 0:
+            log.unlink()
     outcomes = queue.outcomes({cell.key for cell in cells})
     found = {cell: outcomes[cell.key] for cell in cells if cell.key in outcomes}
     return Comparison(plan, found, task.description, command, workers)

@@ -31,6 +31,9 @@ LOCK_TIMEOUT_S = 60
 OPENING_TRIES = 20
 
 
+STORAGE_ERRORS = (exc.SQLAlchemyError, StorageInternalError)
+
+
 @dataclass(frozen=True)
 class Claim:
     """A cell that this command is measuring."""
@@ -112,8 +115,9 @@ class Study:
             pass
 
     def release(self, claim: Claim) -> None:
-        """Give a cell up unmeasured; it will be queued again."""
+        """Give a cell up unmeasured; it waits again."""
         self._set_state(claim.trial_id, TrialState.FAIL)
+        self.enqueue([claim.cell])
 
     def recover(self, cells: Sequence[Cell]) -> int:
         """Queue again the cells of commands that were killed. Returns their number."""
@@ -123,10 +127,16 @@ class Study:
         return self.enqueue(cells)
 
     def unfinished(self, keys: Collection[str]) -> set[str]:
-        """Those of ``keys`` that wait or are being measured, here or elsewhere."""
-        trials = list(self._trials())
-        complete = {_key(trial) for trial in trials if trial.state is TrialState.COMPLETE}
-        return {key for trial in trials if _alive(trial) and (key := _key(trial)) in keys and key not in complete}
+        """Those of ``keys`` that are still to measure, or are being measured, here or elsewhere."""
+        complete, open_, failed = set(), set(), set()
+        for trial in self._trials():
+            if trial.state is TrialState.COMPLETE:
+                complete.add(_key(trial))
+            elif _alive(trial):
+                open_.add(_key(trial))
+            elif "failure" in trial.user_attrs:
+                failed.add(_key(trial))
+        return {key for key in keys if key not in complete and (key in open_ or key not in failed)}
 
     def running(self, keys: Collection[str]) -> set[str]:
         """Those of ``keys`` that are being measured, here or elsewhere."""
@@ -219,10 +229,10 @@ def _open(url: str, heartbeat_interval: int, stale_after: int) -> optuna.storage
             return opened
         except ImportError as error:
             raise InputError(f"storage {shown(url)}: its database driver is not installed ({error.__cause__ or error})") from error
-        except (exc.SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+        except (*STORAGE_ERRORS, RuntimeError) as error:
             # Two commands that make the tables of a new database at the same moment get in each other's way; the next try finds them made.
             if attempt == OPENING_TRIES or not any(sign in str(error) for sign in ("already exists", "locked", "UNIQUE")):
-                raise InputError(f"storage {shown(url)} cannot be opened: {_first_line(error)}") from error
+                raise InputError(f"storage {shown(url)} cannot be opened: {first_line(error)}") from error
             time.sleep(0.1)
 
 
@@ -244,5 +254,6 @@ def _lock_on_begin(engine: sqlalchemy.Engine) -> None:
     engine.dispose()  # connections made before the listeners
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The part of a database error that says what is wrong."""
     return (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from equinorm.compare.findings import findings, interval_statement, label, number
+from equinorm.compare.findings import findings, interval_statement, label, number, progress
 from equinorm.compare.outcomes import Failed
 from equinorm.compare.results import Comparison, Row
 
@@ -26,7 +26,7 @@ def print_results(comparison: Comparison) -> None:
     console.print(table)
     console.print(interval_statement(comparison), markup=False)
     console.print()
-    for sentence in findings(comparison):
+    for sentence in [progress(comparison), *findings(comparison)]:
         console.print(f"- {sentence}", markup=False)
 
 
