@@ -63,8 +63,9 @@ class GeneralizedDivisiveNorm(nn.Module):
         >>> norm(torch.tensor([[3.0, -4.0]])).detach()  # 3 / sqrt(1 + 0.1 * 9), -4 / sqrt(1 + 0.1 * 16)
         tensor([[ 2.1764, -2.4807]])
 
-    Source: Ballé, Laparra and Simoncelli 2015, section 3, with one exponent for all channels, as in Ballé et al. 2016 (arXiv:1611.01704); GDN1
-    from Johnston et al. 2019 (arXiv:1912.08771). Parametrisation, names and index order are those of CompressAI, whose checkpoints load.
+    Source: Ballé, Laparra and Simoncelli 2015, section 3, with one exponent for all channels as in Ballé et al. 2016 (arXiv:1611.01704);
+    GDN1 from Johnston et al. 2019 (arXiv:1912.08771). Parametrisation, names and index order are those of CompressAI, whose checkpoints
+    load.
     """
 
     facts: ClassVar[Facts] = Facts(

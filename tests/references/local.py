@@ -6,6 +6,7 @@ The signatures are those of tests/references/norms.py.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 
@@ -109,3 +110,53 @@ def query_key(q, p, k, *, kind="rms", eps=None, init_scale=None, learnable_scale
         return scale(q, p, eps=1e-12 if eps is None else eps)
     own = {"weight": p.get("q_norm.weight"), "bias": p.get("q_norm.bias")}
     return (rms if kind == "rms" else layer)(q, own, eps=1e-6 if eps is None else eps, **options)
+
+
+def window_weights(size, sigma):
+    bell = [1.0 if sigma is None else math.exp(-0.5 * ((k - size // 2) / sigma) ** 2) for k in range(size)]
+    return [value / sum(bell) for value in bell]
+
+
+def for_each_window(values, mask, kernel_size, sigma, across_channels):
+    """Weighted mean of ``values`` (N, C, *S) over those positions of the window around each position that exist and count."""
+    spatial = values.shape[2:]
+    sizes = (kernel_size,) * len(spatial) if isinstance(kernel_size, int) else kernel_size
+    weights = [window_weights(size, sigma) for size in sizes]
+    averages = []
+    for position in itertools.product(*(range(n) for n in spatial)):
+        total, share = 0.0, 0.0
+        for offset in itertools.product(*(range(-(size // 2), size // 2 + 1) for size in sizes)):
+            where = tuple(i + o for i, o in zip(position, offset, strict=True))
+            if all(0 <= i < n for i, n in zip(where, spatial, strict=True)):
+                counts = mask[(slice(None), *where)][:, None]  # (N, 1)
+                w = math.prod(row[o + len(row) // 2] for row, o in zip(weights, offset, strict=True)) * counts.to(values.dtype)
+                total = total + w * torch.where(counts, values[(slice(None), slice(None), *where)], 0.0)
+                share = share + w
+        average = total / torch.where(share > 0, share, 1.0)
+        averages.append(average.mean(1, keepdim=True).expand_as(average) if across_channels else average)
+    return torch.stack(averages, -1).reshape(values.shape)
+
+
+def subtractive(x, p, *, mask=None, kernel_size=9, sigma=2.0, across_channels=True, **_):
+    mask = everything(x) if mask is None else mask
+    return padded_as_zero(x - for_each_window(x, mask, kernel_size, sigma, across_channels), mask), {}
+
+
+def divisive(x, p, *, mask=None, kernel_size=9, sigma=2.0, across_channels=True, eps=1e-4, threshold="mean", detach_threshold=False, **_):
+    mask = everything(x) if mask is None else mask
+    square = for_each_window(x**2, mask, kernel_size, sigma, across_channels)
+    deviation = torch.where(square > 0, torch.sqrt(torch.where(square > 0, square, 1.0)), 0.0)
+    samples = []
+    for sample, sigmas, kept in zip(x, deviation, mask, strict=True):
+        rows = []
+        for row, s in zip(sample, sigmas, strict=True):
+            c = s[kept].sum() / kept.sum().clamp(min=1) if threshold == "mean" else torch.tensor(threshold, dtype=x.dtype)
+            c = c.detach() if detach_threshold else c
+            rows.append(row / torch.maximum(s, c.clamp(min=eps) if threshold == "mean" else c))
+        samples.append(torch.stack(rows))
+    return padded_as_zero(torch.stack(samples), mask), {}
+
+
+def local_contrast(x, p, *, mask=None, **options):
+    v, _ = subtractive(x, p, mask=mask, **options)
+    return divisive(v, p, mask=mask, **options)
