@@ -48,11 +48,11 @@ def _deviation(frame: Moments) -> Tensor:
 
 def posterior(points: Tensor, mixture: Mixture) -> Tensor:
     """The E step: how responsible each component is for each of ``points`` (M, C), in standardized coordinates: (M, K)."""
-    logs = []
-    for share, mean, var in zip(*mixture, strict=True):
-        var = var.clamp(min=FLOOR)
-        logs.append(share.log() - ((points - mean).square() / var + var.log()).sum(1) / 2)
-    return torch.stack(logs, 1).softmax(1)
+    # -1/2 sum_c (x_c - mu_c)^2 / var_c by two matrix products; points and mixture are standardized, so nothing cancels.
+    var = mixture.var.clamp(min=FLOOR)  # (K, C)
+    constant = mixture.share.log() - (mixture.mean.square() / var + var.log()).sum(1) / 2
+    logs = constant + points @ (mixture.mean / var).T - points.square() @ (0.5 / var).T
+    return logs.softmax(1)
 
 
 def maximize(points: Tensor, responsible: Tensor, group: Group) -> Mixture:
