@@ -14,6 +14,8 @@ from equinorm.norms.mean_only_batch import MeanOnlyBatchNorm as MeanOnlyBatchNor
 from equinorm.norms.sync_batch import SyncBatchNorm as SyncBatchNorm
 from equinorm.norms.sync_batch import convert_sync_batchnorm as convert_sync_batchnorm
 from equinorm.norms.sync_batch import revert_sync_batchnorm as revert_sync_batchnorm
+from equinorm.norms.virtual_batch import VirtualBatchNorm as VirtualBatchNorm
+from equinorm.norms.virtual_batch import virtual_batch as virtual_batch
 
 # Statistics within a sample
 from equinorm.norms.layer_scaling import LayerScaling as LayerScaling

@@ -33,7 +33,7 @@ class Case:
     Attributes:
         cls: the class.
         args: positional arguments of the constructor.
-        seen_as: a subclass of the same name that is tested in its place, because the class returns more than one tensor.
+        seen_as: a subclass of the same name that is tested in its place, because the shared tests cannot call the class itself.
         reference: ``reference(x, p, *extra, training, mask, **options) -> (y, updates)``: the method retyped naively from its paper, in
             differentiable float64 PyTorch, loops welcome, importing nothing of ours. ``p`` maps the names of parameters and buffers to their
             values; ``options`` are the constructor's keyword arguments; ``updates`` are the new values of buffers that a training step moves.
@@ -124,6 +124,16 @@ class QKNorm(equinorm.QKNorm):
 
     def forward(self, q: Tensor, k: Tensor, **options: Any) -> Tensor:
         return super().forward(q, k, **options)[0]
+
+
+class VirtualBatchNorm(equinorm.VirtualBatchNorm):
+    """With a fixed reference batch; it is no part of the state dict, so a loaded norm measures it again."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        if self._reference is None:
+            with torch.no_grad():
+                self.set_reference(batch_family.reference_batch(self.num_features).to(x.dtype))
+        return super().forward(x, mask, **options)
 
 
 CASES: tuple[Case, ...] = (
@@ -243,6 +253,15 @@ CASES: tuple[Case, ...] = (
             ),
             "momentum": (lambda: equinorm.GhostBatchNorm(6, momentum=2.0), ValueError, "GhostBatchNorm: momentum"),
         },
+    ),
+    Case(
+        cls=equinorm.VirtualBatchNorm,
+        seen_as=VirtualBatchNorm,
+        args=(6,),
+        reference=batch_family.virtual_batch,
+        options=({}, {"eps": 1e-3}, {"affine": False}),
+        ready=lambda module, x: module(x),
+        bad={"init_std": (lambda: equinorm.VirtualBatchNorm(6, init_std=-1.0), ValueError, "VirtualBatchNorm: init_std must be .* got -1.0")},
     ),
     Case(
         cls=equinorm.InstanceNorm,
