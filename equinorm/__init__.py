@@ -45,6 +45,11 @@ from equinorm.norms.local_response import LocalResponseNorm as LocalResponseNorm
 # Learned mixtures
 from equinorm.norms.attentive import AttentiveNorm as AttentiveNorm
 from equinorm.norms.ilm import ILMNorm as ILMNorm
+from equinorm.norms.sparse_switch import SparseSwitchNorm as SparseSwitchNorm
+from equinorm.norms.sparse_switch import SparsestMaxScheduler as SparsestMaxScheduler
+from equinorm.norms.sparse_switch import ssn_to_fixed as ssn_to_fixed
+from equinorm.norms.sparsestmax import sparsemax as sparsemax
+from equinorm.norms.sparsestmax import sparsestmax as sparsestmax
 from equinorm.norms.mixture import MixtureNorm as MixtureNorm
 from equinorm.norms.mode import ModeNorm as ModeNorm
 from equinorm.norms.mode_group import ModeGroupNorm as ModeGroupNorm
@@ -121,6 +126,14 @@ from equinorm.residual.rezero import ReZero as ReZero
 from equinorm.residual.scaling import ScaledResidual as ScaledResidual
 from equinorm.residual.scaling import variance_preserving_sum as variance_preserving_sum
 from equinorm.residual.skip_init import SkipInit as SkipInit
+
+# Adversarial training: what keeps its scales in hand
+from equinorm.gan.discriminator_block import DiscriminatorBlock as DiscriminatorBlock
+from equinorm.gan.gradient_penalty import r1_penalty as r1_penalty
+from equinorm.gan.lazy import LazyRegularizer as LazyRegularizer
+from equinorm.gan.lazy import lazy_adam_hparams as lazy_adam_hparams
+from equinorm.gan.minibatch_std import MinibatchStdDev as MinibatchStdDev
+from equinorm.gan.path_length import PathLengthPenalty as PathLengthPenalty
 
 # The catalogue and the choice of implementation
 from equinorm.catalogue import create as create

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, ParamSpec, Protocol, TypeVar, cast
 
-Family = Literal["batch", "sample", "learned", "conditional", "whitening", "local", "weight", "residual", "bounded"]
+Family = Literal["batch", "sample", "learned", "conditional", "whitening", "local", "weight", "residual", "bounded", "gan"]
 Invariance = Literal["shift", "scale", "per-sample", "per-channel", "weight-scale"]
 
 FAMILIES: dict[str, str] = {
@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {
     "weight": "acts on the weights of a layer, not on activations",
     "residual": "keeps the signal in range without measuring it",
     "bounded": "replaces the norm by a bounded elementwise function",
+    "gan": "keeps scales in hand in adversarial training",
 }
 
 INVARIANCES: dict[str, str] = {

@@ -25,10 +25,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conditional": {"core", "kernels"},
     "residual": {"core", "kernels", "weight"},
     "weight": set(),
+    "gan": {"core", "kernels", "weight", "residual"},
     "probe": {"kernels.activations"},
     "init": {"kernels.activations"},
 }
-_METHODS = {"core", "kernels", "norms", "conditional", "residual", "weight"}
+_METHODS = {"core", "kernels", "norms", "conditional", "residual", "weight", "gan"}
 MAY_IMPORT |= {
     "catalogue": {"equinorm"},  # "equinorm" is the table of contents in __init__.py
     "catalogue_list": {"catalogue"},
@@ -39,7 +40,7 @@ MAY_IMPORT |= {
 MAY_IMPORT |= {"recipes": set(MAY_IMPORT) | {"equinorm"}, "cli": set(MAY_IMPORT) | {"recipes", "equinorm"}, "__main__": {"cli"}}
 
 # The parts that a model imports; they load torch and nothing else from outside.
-LIGHT = ["facts", "kernels", "core", "norms", "conditional", "residual", "weight", "init", "catalogue"]
+LIGHT = ["facts", "kernels", "core", "norms", "conditional", "residual", "weight", "gan", "init", "catalogue"]
 
 
 def part(path: Path) -> str:

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from equinorm.facts import Facts, Paper, describes
-
-RESIDUAL_SCALING = Facts(
-    name="residual_scaling",
-    title="Variance-preserving Residual Scaling",
-    paper=Paper(
-        authors="Karras et al.",
-        title="Analyzing and Improving the Image Quality of StyleGAN",
-        year=2019,
-        venue="CVPR 2020",
-        arxiv="1912.04958",
-        equation="section 4.1",
-    ),
-    family="residual",
-    pools="",
-    invariances=frozenset({"per-sample", "per-channel"}),
-    reads_writes="2R+1W",
-)
 
 
 def _norm(weights: tuple[float, ...]) -> float:
     return sum(w * w for w in weights) ** 0.5
 
 
-@describes(RESIDUAL_SCALING)
+@describes(
+    Facts(
+        name="residual_scaling",
+        title="Variance-preserving Residual Scaling",
+        paper=Paper(
+            authors="Karras et al.",
+            title="Analyzing and Improving the Image Quality of StyleGAN",
+            year=2019,
+            venue="CVPR 2020",
+            arxiv="1912.04958",
+            equation="section 4.1",
+        ),
+        family="residual",
+        pools="",
+        invariances=frozenset({"per-sample", "per-channel"}),
+        reads_writes="2R+1W",
+    )
+)
 def variance_preserving_sum(*parts: Tensor, weights: tuple[float, ...] | None = None) -> Tensor:
     r"""Add tensors so that uncorrelated parts of variance 1 give a sum of variance 1.
 
@@ -100,8 +98,6 @@ class ScaledResidual(nn.Module):
         >>> block(torch.tensor([1.0]))
         tensor([1.4142])
     """
-
-    facts: ClassVar[Facts] = RESIDUAL_SCALING
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module | None = None, weights: tuple[float, float] = (1.0, 1.0)) -> None:
         super().__init__()
