@@ -135,6 +135,11 @@ def row_backward(
     return dx, dweight, dbias
 
 
+def running_update(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, weight: float, bessel: float) -> None:
+    """Move running estimates (C,), float32 or float64, by ``weight`` towards ``mean`` and ``var * bessel``; see RunningMoments.learn."""
+    torch.ops.equinorm.running_update.default(running_mean, running_var, mean.contiguous(), var.contiguous(), weight, bessel)
+
+
 def _shape(x: Tensor) -> tuple[int, int, int, bool]:
     n, c = x.shape[:2]
     return n, c, x.numel() // (n * c), not x.is_contiguous()

@@ -393,3 +393,21 @@ def test_inputs_are_left_alone() -> None:
     everything(x, dy, "sample")
     run_rows(x, weight, weight, dy, 1e-5, rows=6, groups=3, k=1, s=4, measured=4, centered=True)
     assert all(torch.equal(now, then) for now, then in zip((x, dy, weight), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_estimates_move_where_they_stay_finite(dtype):
+    mean, var = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    mean[1], var[2], var[3] = torch.nan, torch.inf, 1e300
+    running_mean, running_var = torch.randn(5, dtype=dtype), torch.rand(5, dtype=dtype)
+    before = running_mean.double(), running_var.double()
+    cpu.running_update(running_mean, running_var, mean, var, 0.3, 1.25)
+    moves = torch.tensor([True, False, False, dtype == torch.float64, True])
+    for got, was, batch in ((running_mean, before[0], mean), (running_var, before[1], var * 1.25)):
+        assert torch.equal(got[~moves].double(), was[~moves])
+        assert_close(got[moves], (was + 0.3 * (batch - was))[moves])
+
+
+def test_running_estimates_of_another_size_are_refused():
+    with pytest.raises(RuntimeError, match="mean and var must have 5 elements, got 4 and 5"):
+        cpu.running_update(*torch.rand(2, 5), torch.rand(4, dtype=torch.float64), torch.rand(5, dtype=torch.float64), 0.1, 1.0)

@@ -228,6 +228,31 @@ void row_backward_op(const Tensor& dy, const Tensor& x, const OptionalTensor& we
   });
 }
 
+// One channel's running estimates, unless what they would become is not finite in their own type.
+void running_update_op(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var, double weight, double bessel) {
+  const char* op = "running_update";
+  const int64_t c = running_mean.numel();
+  check_data(op, "running_mean", running_mean, running_mean, c, false);
+  check_data(op, "running_var", running_var, running_mean, c, false);
+  check_small(op, "mean", mean);
+  check_small(op, "var", var);
+  REQUIRE(mean.numel() == c && var.numel() == c, "mean and var must have ", c, " elements, got ", mean.numel(), " and ", var.numel());
+  const double *const m = in<double>(mean), *const v = in<double>(var);
+  const auto update = [&]<class T>(T* means, T* variances) {
+    for (int64_t i = 0; i < c; ++i) {
+      const T next_mean = static_cast<T>(means[i] + weight * (m[i] - means[i]));
+      const T next_var = static_cast<T>(variances[i] + weight * (v[i] * bessel - variances[i]));
+      if (std::isfinite(next_mean) && std::isfinite(next_var)) means[i] = next_mean, variances[i] = next_var;
+    }
+  };
+  if (running_mean.scalar_type() == ScalarType::Double) {
+    update(static_cast<double*>(running_mean.mutable_data_ptr()), static_cast<double*>(running_var.mutable_data_ptr()));
+  } else {
+    REQUIRE(running_mean.scalar_type() == ScalarType::Float, "running_mean must be float32 or float64");
+    update(static_cast<float*>(running_mean.mutable_data_ptr()), static_cast<float*>(running_var.mutable_data_ptr()));
+  }
+}
+
 }  // namespace
 }  // namespace equinorm
 
@@ -242,6 +267,7 @@ STABLE_TORCH_LIBRARY(equinorm, m) {
         " int s, int measured, float eps, bool centered) -> ()");
   m.def("row_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor(a!) dx, Tensor(b!)? dweight,"
         " Tensor(c!)? dbias, int rows, int groups, int k, int s, int measured, bool centered) -> ()");
+  m.def("running_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float weight, float bessel) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(equinorm, CPU, m) {
@@ -251,4 +277,5 @@ STABLE_TORCH_LIBRARY_IMPL(equinorm, CPU, m) {
   m.impl("channel_backward", TORCH_BOX(&equinorm::channel_backward_op));
   m.impl("row_forward", TORCH_BOX(&equinorm::row_forward_op));
   m.impl("row_backward", TORCH_BOX(&equinorm::row_backward_op));
+  m.impl("running_update", TORCH_BOX(&equinorm::running_update_op));
 }
