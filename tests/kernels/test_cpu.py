@@ -400,7 +400,7 @@ def test_running_estimates_move_where_they_stay_finite(dtype):
     mean, var = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     mean[1], var[2], var[3] = torch.nan, torch.inf, 1e300
     running_mean, running_var = torch.randn(5, dtype=dtype), torch.rand(5, dtype=dtype)
-    before = running_mean.double(), running_var.double()
+    before = running_mean.to(torch.float64, copy=True), running_var.to(torch.float64, copy=True)
     cpu.running_update(running_mean, running_var, mean, var, 0.3, 1.25)
     moves = torch.tensor([True, False, False, dtype == torch.float64, True])
     for got, was, batch in ((running_mean, before[0], mean), (running_var, before[1], var * 1.25)):
