@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import equinorm
-from tests.references import batch_family, evonorm, mixture, online
+from tests.references import batch_family, evonorm, mixture, moving, online
 from tests.references import conditional, learned
 from tests.references import mode
 from tests.references import local
@@ -134,6 +134,20 @@ class VirtualBatchNorm(equinorm.VirtualBatchNorm):
             with torch.no_grad():
                 self.set_reference(batch_family.reference_batch(self.num_features).to(x.dtype))
         return super().forward(x, mask, **options)
+
+
+def experienced(steps: int) -> Callable[[nn.Module, Tensor], None]:
+    """A module that counts its steps, after ``steps`` of them: past its warm-up, and with something in all of its state."""
+
+    def ready(module: nn.Module, x: Tensor) -> None:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                if name == "iters":
+                    buffer.fill_(steps)
+                else:
+                    buffer.copy_(1 + torch.arange(buffer.numel()).sin().reshape(buffer.shape) / 2)
+
+    return ready
 
 
 CASES: tuple[Case, ...] = (
@@ -261,7 +275,9 @@ CASES: tuple[Case, ...] = (
         reference=batch_family.virtual_batch,
         options=({}, {"eps": 1e-3}, {"affine": False}),
         ready=lambda module, x: module(x),
-        bad={"init_std": (lambda: equinorm.VirtualBatchNorm(6, init_std=-1.0), ValueError, "VirtualBatchNorm: init_std must be .* got -1.0")},
+        bad={
+            "init_std": (lambda: equinorm.VirtualBatchNorm(6, init_std=-1.0), ValueError, "VirtualBatchNorm: init_std must be .* got -1.0")
+        },
     ),
     Case(
         cls=equinorm.InstanceNorm,
@@ -709,5 +725,86 @@ CASES: tuple[Case, ...] = (
             "groups": (lambda: equinorm.ILMNorm(48), ValueError, "ILMNorm: num_groups must divide .* got 32 groups for 48 channels"),
             "keys": (lambda: equinorm.ILMNorm(24, num_groups=3), ValueError, "key_group_size must divide .* got 16 for 24 .* use one of"),
         },
+    ),
+    Case(
+        cls=equinorm.SparseSwitchNorm,
+        args=(6,),
+        reference=learned.sparse_switch,
+        options=(
+            {},
+            {"momentum": None, "affine": False},
+            {"center": "support", "using": ("layer", "batch")},
+            {"last_gamma": True, "track_running_stats": False},
+            {"transform": "sparsemax", "using": ("batch", "instance")},
+        ),
+        spatial=(1, 2, 3),
+        ready=lambda module, x: module.set_radius(0.4),
+        bad={
+            "using": (lambda: equinorm.SparseSwitchNorm(6, using=("layer",)), ValueError, "using must name two or three .* got"),
+            "unknown": (lambda: equinorm.SparseSwitchNorm(6, using=("layer", "group")), ValueError, "using must name two or three"),
+            "transform": (lambda: equinorm.SparseSwitchNorm(6, transform="softmax"), ValueError, "transform must be .* 'softmax'"),
+            "center": (lambda: equinorm.SparseSwitchNorm(6, center="top"), ValueError, "center must be .* got 'top'"),
+            "radius": (lambda: equinorm.SparseSwitchNorm(6).set_radius(-1.0), ValueError, "radius must be at least 0, got -1.0"),
+        },
+    ),
+    Case(
+        cls=equinorm.PowerNorm,
+        args=(6,),
+        reference=moving.power,
+        options=(
+            {"channel_dim": 1},
+            {"channel_dim": 1, "num_groups": None, "warmup_iters": 1, "alpha_fwd": 0.5},
+            {"channel_dim": 1, "num_groups": 3, "warmup_iters": 0, "alpha_bkw": 0.6, "affine": False},
+            {"channel_dim": 1, "variant": "PN-V", "warmup_iters": 2, "eps": 1e-3},
+        ),
+        derivative=False,
+        bad={
+            "alpha_fwd": (lambda: equinorm.PowerNorm(6, alpha_fwd=2.0), ValueError, "PowerNorm: alpha_fwd must be a number in"),
+            "alpha_bkw": (lambda: equinorm.PowerNorm(6, alpha_bkw=-1.0), ValueError, "PowerNorm: alpha_bkw must be a number in"),
+            "groups": (lambda: equinorm.PowerNorm(6, num_groups=4), ValueError, "PowerNorm: num_groups must divide num_features, got 4"),
+            "warmup": (lambda: equinorm.PowerNorm(6, warmup_iters=-1), ValueError, "PowerNorm: warmup_iters must be an integer of at least 0"),
+            "variant": (lambda: equinorm.PowerNorm(6, variant="PN-X"), ValueError, "PowerNorm: variant must be .* got 'PN-X'"),
+            "dim": (lambda: equinorm.PowerNorm(6, channel_dim=2), ValueError, "PowerNorm: channel_dim must be 1 .* or -1 .*, got 2"),
+        },
+    ),
+    Case(
+        cls=equinorm.PowerNorm,
+        args=(6,),
+        reference=moving.power,
+        options=({"channel_dim": 1, "warmup_iters": 5, "num_groups": 2},),
+        derivative=False,
+        steady=False,  # past the warm-up the output depends on what the last batch left
+        ready=experienced(7),
+    ),
+    Case(
+        cls=equinorm.MovingAverageBatchNorm,
+        args=(6,),
+        reference=moving.moving_average_batch,
+        options=(
+            {},
+            {"buffer_size": 2, "warmup_iters": 0, "alpha": 0.7, "eps": 1e-3},
+            {"buffer_size": 3, "warmup_iters": 2, "affine": False},
+        ),
+        derivative=False,
+        steady=False,
+        bad={
+            "buffer": (lambda: equinorm.MovingAverageBatchNorm(6, 0), ValueError, "MovingAverageBatchNorm: buffer_size must be an integer"),
+            "alpha": (lambda: equinorm.MovingAverageBatchNorm(6, alpha=2), ValueError, "MovingAverageBatchNorm: alpha must be a number in"),
+            "clip": (lambda: equinorm.MovingAverageBatchNorm(6, clip=0.5), ValueError, "MovingAverageBatchNorm: clip bounds .* got 0.5"),
+            "warmup": (
+                lambda: equinorm.MovingAverageBatchNorm(6, warmup_iters=1.5),
+                ValueError,
+                "MovingAverageBatchNorm: warmup_iters must be an integer of at least 0, got 1.5",
+            ),
+        },
+    ),
+    Case(
+        cls=equinorm.MovingAverageBatchNorm,
+        args=(6,),
+        reference=moving.moving_average_batch,
+        options=({"buffer_size": 3, "alpha": 0.7}, {"buffer_size": 3, "clip": 1.05}),
+        derivative=False,
+        steady=False,
+        ready=experienced(1000),
     ),
 )

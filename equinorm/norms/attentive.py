@@ -85,7 +85,7 @@ class AttentiveNorm(RunningMoments, ChannelNorm):
             arxiv="1908.01259",
         ),
         family="learned",
-        pools="NGS",
+        pools="NS+S",
         train_differs=True,
         synchronizes="count, mean and variance per channel, and per unit of an attention head with batch norm",
         batch_of_one="refused while the head holds a batch norm; without one it normalizes over the positions",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from tests.references.norms import everything, moments, padded_as_zero, running
+from tests.references.norms import everything, moments, padded_as_zero, per_channel, running
 
 HEADS = {  # activations behind each linear map, and whether a norm stands before them
     "sigmoid": ("sigmoid", False),
@@ -109,3 +111,79 @@ def ilm(x, p, *, mask=None, norm="group", num_groups=32, key_group_size=16, eps=
             channels.append((omega[key] + p["weight"][j]) * (x[i, j] - mu) / torch.sqrt(var + eps) + beta[key] + p["bias"][j])
         samples.append(torch.stack(channels))
     return padded_as_zero(torch.stack(samples), mask), {}
+
+
+def sparsemax(z):
+    """The projection of a vector on the simplex."""
+    order = sorted(range(len(z)), key=lambda k: -z[k].item())
+    total, support = 0.0, []
+    for k in order:
+        total = total + z[k]
+        if 1 + (len(support) + 1) * z[k].item() <= total.item():
+            total = total - z[k]
+            break
+        support.append(k)
+    tau = (total - 1) / len(support)
+    return [z[k] - tau if k in support else 0 * z[k] for k in range(len(z))]
+
+
+def sparsestmax(z, radius, center):
+    """Pushed away from the centre of the simplex, face by face."""
+    p = sparsemax(z)
+    face = [k for k in range(len(z)) if center == "simplex" or p[k].item() > 0]
+    while True:
+        middle = {k: 1 / len(face) for k in face}
+        away = [p[k] - middle.get(k, 0.0) for k in range(len(z))]
+        distance = torch.sqrt(sum(a**2 for a in away))
+        if len([q for q in p if q.item() > 0]) == 1 or distance.item() >= radius:
+            return p
+        pushed = [middle.get(k, 0.0) + radius * away[k] / distance for k in range(len(z))]
+        if min(q.item() for q in pushed) >= 0:
+            return pushed
+        p = sparsemax(pushed)
+        smaller = [k for k in face if p[k].item() > 0]
+        apart = sum((1 / len(face) - (1 / len(smaller) if k in smaller else 0.0)) ** 2 for k in face)
+        radius, face = math.sqrt(max(radius**2 - apart, 0.0)), smaller
+
+
+def sparse_switch(
+    x,
+    p,
+    *,
+    training,
+    mask=None,
+    eps=1e-5,
+    momentum=0.003,
+    using=("instance", "layer", "batch"),
+    transform="sparsestmax",
+    center="simplex",
+    track_running_stats=True,
+    **_,
+):
+    mask = everything(x) if mask is None else mask
+    n, c = x.shape[:2]
+    shares = []
+    for kind in ("mean", "var"):
+        logits, choice = list(p[f"{kind}_weight"]), int(p[f"{kind}_choice"])
+        share = sparsemax(logits) if transform == "sparsemax" else sparsestmax(logits, p["radius"].item(), center)
+        shares.append(share if choice < 0 else [torch.tensor(float(k == choice), dtype=x.dtype) for k in range(len(using))])
+    of_channel = [moments(x[:, j][mask]) for j in range(c)]
+    estimated = track_running_stats and not training
+    rows = []
+    for i in range(n):
+        of_sample = moments(torch.stack([x[i, j][mask[i]] for j in range(c)]))
+        for j in range(c):
+            known = {"instance": moments(x[i, j][mask[i]]), "layer": of_sample, "batch": of_channel[j]}
+            if "batch" in using and estimated:
+                known["batch"] = p["running_mean"][j], p["running_var"][j]
+            mu = sum(w * known[name][0] for w, name in zip(shares[0], using, strict=True))
+            var = sum(w * known[name][1] for w, name in zip(shares[1], using, strict=True))
+            rows.append((x[i, j] - mu) / torch.sqrt(var + eps) * per_channel(p, "weight", 1.0, j) + per_channel(p, "bias", 0.0, j))
+    updates = {}
+    if training and track_running_stats and "batch" in using:
+        updates = running(p, [m.detach() for m, _ in of_channel], [v.detach() for _, v in of_channel], momentum)
+    for kind, share in zip(("mean", "var"), shares, strict=True):
+        sole = [k for k, w in enumerate(share) if w.item() >= 1 - 1e-6]
+        if training and sole:
+            updates[f"{kind}_choice"] = torch.tensor(sole[0])
+    return padded_as_zero(torch.stack(rows).reshape(x.shape), mask), updates
