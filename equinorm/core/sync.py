@@ -47,6 +47,20 @@ def gather(x: Moments, group: Group) -> Moments:
     return type(x)(mean, var, total)
 
 
+def gather_covariance(mean: Tensor, cov: Tensor, count: int | Tensor, group: Group) -> tuple[Tensor, Tensor, int | Tensor]:
+    """Pool the means (G, d) and covariances (G, d, d) of all processes of ``group``, weighted by their counts; as :func:`gather`.
+
+    Raises:
+        RuntimeError: on every process, when they hold different numbers of channels or groups, or when only some of them need a gradient.
+    """
+    process_group = partners(group)
+    if process_group is None:
+        return mean, cov, count
+    count = torch.as_tensor(count, dtype=mean.dtype, device=mean.device).reshape(1)
+    gradient = torch.is_grad_enabled() and (mean.requires_grad or cov.requires_grad)
+    return _GatherCovariance.apply(mean, cov, count, gradient, process_group)
+
+
 def partners(group: Group) -> ProcessGroup | None:
     """The process group that ``group`` stands for, or None where there is nobody else in it: nothing is sent then."""
     if group is None or not (dist.is_available() and dist.is_initialized()):
@@ -219,3 +233,35 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(grad, ctx.group), None
+
+
+class _GatherCovariance(torch.autograd.Function):
+    """Pooled mean and covariance of all ranks.
+
+    With shares p_r and a_r = mean_r - mean, cov = sum p_r (cov_r + a_r a_r^T), so that a gradient H of cov gives p_r (H + H^T) a_r to
+    mean_r: what flows through the pooled mean cancels, as in :class:`_Gather`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, cov: Tensor, count: Tensor, gradient: bool, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+        groups, d = mean.shape
+        ranks = _exchange((0, groups * d, groups, gradient), torch.cat((count, mean.reshape(-1), cov.reshape(-1))), group)
+        counts, means, covs = ranks.split((1, groups * d, groups * d * d), 1)
+        total = counts.sum()
+        share = (counts / total.clamp(min=1)).reshape(-1, 1, 1)  # (R, 1, 1)
+        means = means.reshape(-1, groups, d)
+        pooled_mean = (share * means).sum(0)
+        apart = (means - pooled_mean).unsqueeze(-1)  # (R, G, d, 1)
+        pooled_cov = (share.unsqueeze(-1) * (covs.reshape(-1, groups, d, d) + apart * apart.mT)).sum(0)
+        ctx.group = group
+        ctx.save_for_backward(mean, pooled_mean, count / total.clamp(min=1))
+        ctx.mark_non_differentiable(total)
+        return pooled_mean, pooled_cov, total
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_cov: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        mean, pooled_mean, share = ctx.saved_tensors
+        total = _Sum.apply(torch.cat((grad_mean.unsqueeze(-1), grad_cov), 2), ctx.group)  # (G, d, 1 + d)
+        to_mean, to_cov = total[..., 0], total[..., 1:]
+        apart = (mean - pooled_mean).unsqueeze(-1)
+        return share * (to_mean + ((to_cov + to_cov.mT) @ apart).squeeze(-1)), share * to_cov, None, None, None
