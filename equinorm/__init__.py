@@ -42,6 +42,10 @@ from equinorm.norms.local_contrast import LocalContrastNorm as LocalContrastNorm
 from equinorm.norms.local_contrast import SubtractiveNorm as SubtractiveNorm
 from equinorm.norms.local_response import LocalResponseNorm as LocalResponseNorm
 
+# Correlation between channels removed
+from equinorm.norms.decorrelated_batch import DecorrelatedBatchNorm as DecorrelatedBatchNorm
+from equinorm.norms.iterative import IterNorm as IterNorm
+
 # Learned mixtures
 from equinorm.norms.attentive import AttentiveNorm as AttentiveNorm
 from equinorm.norms.ilm import ILMNorm as ILMNorm

@@ -20,6 +20,7 @@ from tests.references import conditional, learned
 from tests.references import mode
 from tests.references import local
 from tests.references import norms as reference
+from tests.references import whitening
 from tests.references import residual as residual_reference
 from tests.references import weight as weight_reference
 
@@ -455,6 +456,41 @@ CASES: tuple[Case, ...] = (
         options=({"kernel_size": 3}, {"sigma": None, "across_channels": False, "threshold": 1.5}, {"eps": 3.0, "kernel_size": 3}),
         spatial=(1, 2, 3),
         counted=False,
+    ),
+    Case(
+        cls=equinorm.DecorrelatedBatchNorm,
+        args=(6,),
+        reference=whitening.decorrelated_batch,
+        options=(
+            {"channels_per_group": 2},
+            {"channels_per_group": 3, "momentum": None, "running": "covariance"},
+            {"eps": 0.5, "affine": False},
+            {"channels_per_group": 1},
+        ),
+        bad={
+            "groups": (
+                lambda: equinorm.DecorrelatedBatchNorm(6, 4),
+                ValueError,
+                r"DecorrelatedBatchNorm: channels_per_group must divide num_features, got 4 for 6 channels; use one of \[1, 2, 3, 6\]",
+            ),
+            "running": (lambda: equinorm.DecorrelatedBatchNorm(6, running="mean"), ValueError, "running must be .* got 'mean'"),
+            "momentum": (lambda: equinorm.DecorrelatedBatchNorm(6, momentum=2.0), ValueError, "DecorrelatedBatchNorm: momentum"),
+        },
+    ),
+    Case(
+        cls=equinorm.IterNorm,
+        args=(6,),
+        reference=whitening.iterative,
+        options=(
+            {"channels_per_group": 2},
+            {"channels_per_group": 3, "T": 7, "momentum": None, "running": "covariance"},
+            {"eps": 0.5, "affine": False, "T": 0},
+            {"T": 1},
+        ),
+        bad={
+            "T": (lambda: equinorm.IterNorm(6, T=-1), ValueError, 'IterNorm: T must be an integer of at least 0, or "auto"; got -1'),
+            "groups": (lambda: equinorm.IterNorm(6, 4), ValueError, "IterNorm: channels_per_group must divide num_features, got 4 for 6"),
+        },
     ),
     Case(
         cls=equinorm.PixelNorm,
