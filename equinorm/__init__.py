@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 # Statistics over the batch
+from equinorm.norms.moving_average_batch import MovingAverageBatchNorm as MovingAverageBatchNorm
+from equinorm.norms.power import PowerNorm as PowerNorm
 from equinorm.norms.online import OnlineNorm as OnlineNorm
 from equinorm.norms.activation import ActNorm as ActNorm
 from equinorm.norms.evonorm_b import EvoNormB as EvoNormB
@@ -10,6 +12,7 @@ from equinorm.norms.batch import BatchNorm as BatchNorm
 from equinorm.norms.batch_channel import BatchChannelNorm as BatchChannelNorm
 from equinorm.norms.batch_renorm import BatchRenorm as BatchRenorm
 from equinorm.norms.ghost_batch import GhostBatchNorm as GhostBatchNorm
+from equinorm.norms.in_place_batch import InPlaceABN as InPlaceABN
 from equinorm.norms.mean_only_batch import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from equinorm.norms.sync_batch import SyncBatchNorm as SyncBatchNorm
 from equinorm.norms.sync_batch import convert_sync_batchnorm as convert_sync_batchnorm
@@ -26,6 +29,10 @@ from equinorm.norms.global_response import GlobalResponseNorm as GlobalResponseN
 from equinorm.norms.group import GroupNorm as GroupNorm
 from equinorm.norms.instance import InstanceNorm as InstanceNorm
 from equinorm.norms.layer import LayerNorm as LayerNorm
+from equinorm.norms.layer_gru import LayerNormGRU as LayerNormGRU
+from equinorm.norms.layer_gru import LayerNormGRUCell as LayerNormGRUCell
+from equinorm.norms.layer_lstm import LayerNormLSTM as LayerNormLSTM
+from equinorm.norms.layer_lstm import LayerNormLSTMCell as LayerNormLSTMCell
 from equinorm.norms.pixel import PixelNorm as PixelNorm
 from equinorm.norms.positional import DynamicMomentShortcut as DynamicMomentShortcut
 from equinorm.norms.positional import MomentShortcut as MomentShortcut
@@ -126,6 +133,10 @@ from equinorm.residual.magnitude import MPFourier as MPFourier
 from equinorm.residual.magnitude import mp_cat as mp_cat
 from equinorm.residual.magnitude import mp_silu as mp_silu
 from equinorm.residual.magnitude import mp_sum as mp_sum
+from equinorm.residual.normalized import NormalizedResidual as NormalizedResidual
+from equinorm.residual.normalized import ScaledParameter as ScaledParameter
+from equinorm.residual.normalized import normalize_after_step as normalize_after_step
+from equinorm.residual.normalized import normalize_weights_ as normalize_weights_
 from equinorm.residual.rezero import ReZero as ReZero
 from equinorm.residual.scaling import ScaledResidual as ScaledResidual
 from equinorm.residual.scaling import variance_preserving_sum as variance_preserving_sum

@@ -17,7 +17,8 @@ EpsMode = Literal["inside", "outside", "clamp", "relative"]
 def centre(unfolded: Tensor, within: tuple[int, ...]) -> Tensor:
     """``unfolded`` minus the mean of every unit; the second pass removes what rounding the first mean left behind."""
     centred = unfolded - unfolded.mean(within, keepdim=True)
-    return centred - centred.mean(within, keepdim=True)
+    # Without gradient: that of centring twice is that of centring once.
+    return centred - centred.detach().mean(within, keepdim=True)
 
 
 def standardized(weight: Tensor, units: Units, eps: float, unbiased: bool, eps_mode: EpsMode) -> Tensor:
