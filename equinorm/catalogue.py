@@ -86,6 +86,8 @@ def create(name: str, channels: int, **options: Any) -> nn.Module:
         call = f"equinorm.{method.__name__}"
         if inspect.isclass(method):
             raise ValueError(f"{method.__name__} needs more than a number of channels; construct it: {call}{inspect.signature(method)}")
+        if method.facts.family != "weight":  # type: ignore[union-attr]
+            raise ValueError(f"{method.__name__} is a function and no layer; call it: {call}{inspect.signature(method)}")
         raise ValueError(f"{method.__name__} acts on a layer's weight and is no layer; apply it, as in {call}(torch.nn.Linear(4, 4))")
     return build(channels, **options)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from equinorm import LazyRegularizer, MinibatchStdDev, PathLengthPenalty, lazy_adam_hparams, r1_penalty
+from equinorm import LazyRegularizer, MinibatchStdDev, PathLengthPenalty, create, lazy_adam_hparams, r1_penalty
 from tests.helpers import assert_close, run_ranks
 from tests.references import gan as reference
 
@@ -242,3 +242,8 @@ def test_path_length_errors():
         PathLengthPenalty(weight=-1)
     assert "divide_by_size=True" in repr(penalty)
     assert penalty.num_updates.item() == 0
+
+
+def test_the_catalogue_says_that_a_penalty_is_called():
+    with pytest.raises(ValueError, match=r"r1_penalty is a function and no layer; call it: equinorm\.r1_penalty\(logits"):
+        create("r1_penalty", 8)

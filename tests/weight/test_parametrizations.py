@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import equinorm
 from tests.helpers import assert_close
+from tests.references import weight as reference
 
 
 @dataclass(frozen=True)
@@ -243,13 +245,55 @@ def test_meta_device(case):
         assert module(torch.empty(shape)).device.type == "meta"
 
 
+def method(case: Case) -> Callable:
+    return getattr(equinorm, case.id.split("-")[0])
+
+
+def test_every_weight_parametrization_is_in_the_table():
+    public = {
+        name
+        for name, value in vars(equinorm).items()
+        if inspect.isfunction(value) and next(iter(inspect.signature(value).parameters), "") == "module" and hasattr(value, "facts")
+    }
+    assert public == {case.id.split("-")[0] for case in CASES}
+
+
+@pytest.mark.parametrize(
+    "case",  # one length of the whole tensor does not undo factors per unit
+    [c for c in CASES if "weight-scale" in method(c).facts.invariances and c.id != "weight_norm-whole"],
+    ids=lambda c: c.id,
+)
+@pytest.mark.parametrize("layer", ["linear", "conv2d", "transposed-grouped"])
+def test_claim_weight_scale(case, layer):
+    """Each unit's raw weights times its own factor change nothing; the weights are large, so that no eps shows."""
+    module, _ = build(case, layer)
+    raw = originals(module)[-1] if case.id.startswith("weight_norm") else module.parametrizations.weight.original
+    with torch.no_grad():
+        raw.mul_(1e13)
+        before = module.weight.clone()
+        for unit, factor in zip(
+            reference.units_of(raw.shape, layer == "transposed-grouped", 2), torch.linspace(0.5, 9, 6).tolist(), strict=False
+        ):
+            where = tuple(torch.tensor(column) for column in zip(*unit, strict=True))
+            raw[where] *= factor
+    assert_close(module.weight, before)
+
+
+@every_case
+def test_claim_per_sample(case):
+    module, x = build(case, "conv2d")
+    module.eval()
+    assert "per-sample" in method(case).facts.invariances
+    assert_close(module(x)[:1], module(x[:1]).detach())
+
+
 @every_case
 def test_facts_and_docstring(case):
-    method = getattr(equinorm, case.id.split("-")[0])
-    assert method.facts.family == "weight"
-    assert str(method.facts.paper.year) in str(method.facts.paper)
+    facts = method(case).facts
+    assert facts.family == "weight"
+    assert str(facts.paper.year) in str(facts.paper)
     for section in ("Formula", "Use it when", "Not when", "Known trouble", "Args", "Returns", "Raises", "Example", "Source"):
-        assert re.search(rf"^    {section}:", method.__doc__, re.MULTILINE), section
+        assert re.search(rf"^    {section}:", method(case).__doc__, re.MULTILINE), section
 
 
 @every_case
