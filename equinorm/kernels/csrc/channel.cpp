@@ -17,7 +17,7 @@ struct Blocks {
   int64_t rows, c, fold, height, per_sample, count;
   Blocks(int64_t samples, int64_t rows, int64_t c) : rows(rows), c(c) {
     fold = divide_up(kNarrow, c);
-    const int64_t elements = std::clamp<int64_t>(rows * c / 64, 16384, 131072);
+    const int64_t elements = std::clamp<int64_t>(rows * c / 64, 32768, 131072);
     height = divide_up(std::clamp<int64_t>(elements / c, 32, kSegment), fold) * fold;
     per_sample = divide_up(rows, height);
     count = samples * per_sample;
@@ -61,6 +61,7 @@ template <class V, class Term>
   for (int64_t begin = 0; begin < height; begin += kChain) {
     for (int64_t v = 0; v < vectors; ++v) columns[v].first = V{}, columns[v].second = V{};
     for (int64_t r = begin; r < std::min(height, begin + kChain); ++r)
+#pragma GCC unroll 4  // the fewer instructions per load, the further ahead the processor reads
       for (int64_t v = 0; v < vectors; ++v) {
         const auto [f, g] = term(r, v < full ? v * L : panel.width - L, columns[v].shift);
         columns[v].first += f, columns[v].second += g;
@@ -83,11 +84,12 @@ void shifted_columns(const T* x, int64_t height, int64_t pitch, Panel<V> panel, 
       first, second);
 }
 
-// The same for one vector of columns.
-inline void from_sums(Doubles shift, Doubles first, Doubles second, double count, double* mean, double* squares) {
+// The same for one vector of columns; returns whether float sums were exact enough in all of them.
+inline bool from_sums(Doubles shift, Doubles first, Doubles second, double count, double* mean, double* squares) {
   const Doubles step = first * splat<Doubles>(1 / count), deviations = second - first * step;
   store(mean, shift + step);
   store(squares, (Doubles)(deviations < 0 ? Doubles{} : deviations));
+  return all(shift_held(first, deviations, splat<Doubles>(count)));
 }
 
 template <class T>
@@ -125,11 +127,9 @@ void moments_in_float(const T* x, int64_t height, int64_t pitch, int64_t width, 
   for (int64_t v = 0; v < panel.vectors(); ++v) {
     const int64_t j = panel.column(v);
     const auto [low, high] = halves(columns[v].shift);
-    from_sums(to_doubles<H>(low), load<Doubles>(first + v * L), load<Doubles>(second + v * L), count, mean + j, squares + j);
-    from_sums(to_doubles<H>(high), load<Doubles>(first + v * L + H), load<Doubles>(second + v * L + H), count, mean + j + H,
-              squares + j + H);
-    bool held = true;
-    for (int64_t l = 0; l < L; ++l) held &= shift_held(first[v * L + l], squares[j + l], count);
+    const double *s = first + v * L, *q = second + v * L;
+    const bool held = from_sums(to_doubles<H>(low), load<Doubles>(s), load<Doubles>(q), count, mean + j, squares + j) &
+                      from_sums(to_doubles<H>(high), load<Doubles>(s + H), load<Doubles>(q + H), count, mean + j + H, squares + j + H);
     if (!held) moments_in_double(x + j, height, pitch, L, mean + j, squares + j);
   }
 }
@@ -343,17 +343,17 @@ void reduce_in(const T* dy, const T* x, int64_t height, int64_t pitch, int64_t w
         return std::pair(g, g * (load<V>(x + r * pitch + column) - shift));
       },
       first, second);
-  const double count = static_cast<double>(height);
+  const Doubles count = splat<Doubles>(static_cast<double>(height));
   for (int64_t v = 0; v < panel.vectors(); ++v) {
     const int64_t j = panel.column(v);
     Scalar<V> shift[L];
     store(shift, columns[v].shift);
     bool held = true;
-    for (int64_t l = 0; l < L; ++l) {
-      const double cut = shift[l] - center[j + l], s = first[v * L + l], q = second[v * L + l] + (cut == 0 ? 0 : cut * s);
-      sum_dy[j + l] = s, sum_dy_x[j + l] = q;
-      held &= std::abs(center[j + l]) <= kLargest;
-      held &= reduction_held({s, q}, count);
+    for (int64_t l = 0; l < L; l += lanes<Doubles>) {
+      const Doubles exact = load<Doubles>(center + j + l), s = load<Doubles>(first + v * L + l);
+      const Doubles q = load<Doubles>(second + v * L + l) + cut_off(load<Doubles>(shift + l), exact, s);
+      store(sum_dy + j + l, s), store(sum_dy_x + j + l, q);
+      held &= all((abs(exact) <= kLargest) & reduction_held(s, q, count));
     }
     if constexpr (std::is_same_v<V, Floats>)
       if (!held) reduce_in<Doubles>(dy + j, x + j, height, pitch, L, center + j, sum_dy + j, sum_dy_x + j);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -208,6 +209,9 @@ Halves<V> halves(V v) {
   return std::bit_cast<Halves<V>>(v);
 }
 
+inline double abs(double value) { return std::fabs(value); }
+inline Doubles abs(Doubles v) { return v < 0 ? -v : v; }
+
 // Sum of the lanes, as a tree.
 template <class V>
 Scalar<V> sum(V v) {
@@ -219,7 +223,12 @@ Scalar<V> sum(V v) {
   }
 }
 
-// The same sum with half the lanes, in double.
+// Whether a comparison holds in all lanes.
+inline bool all(Vector<int64_t, lanes<Doubles>> holds) {
+  return sum((Doubles)(holds ? splat<Doubles>(1) : Doubles{})) == lanes<Doubles>;
+}
+
+// The sum of the two halves, in double.
 inline Doubles half_sum(Floats v) {
   const auto [low, high] = halves(v);
   return to_doubles<lanes<Doubles>>(low) + to_doubles<lanes<Doubles>>(high);

@@ -61,7 +61,7 @@ struct ParameterRow {
   ParameterRow(const double* values, int64_t count, bool cut) : doubles(values) {
     if (!values || !cut) return;
     for (int64_t i = 0; i < count; ++i)
-      if (!(std::abs(values[i]) <= kLargest)) return;
+      if (!(abs(values[i]) <= kLargest)) return;
     floats.assign(values, values + count);
   }
   bool narrow() const { return !doubles || !floats.empty(); }
@@ -229,7 +229,7 @@ bool reduce_columns(const T* dy, const T* x, int64_t count, double mean, double 
     const V g = get(dy) * get(w);
     return std::pair(g, g * h(get(x)));
   });
-  return std::is_same_v<V, Doubles> || reduction_held(out, count);
+  return std::is_same_v<V, Doubles> || reduction_held<double>(out.first, out.second, count);
 }
 
 // dx of some columns; adds dy * h and dy to their running sums.
@@ -292,7 +292,7 @@ void backward_columns(const T* dy, const T* x, const double* weight, const doubl
     const auto stretch = [&](int64_t skip, int64_t length, Flow sent) {
       const int64_t at = row * shape.length() + pieces[i].begin + skip, p = group * shape.k + pieces[i].parameter + skip;
       if constexpr (in_float<T>)
-        if (narrow[row * count + i] && std::abs(sent.constant) <= kLargest && std::abs(sent.slope) <= kLargest)
+        if (narrow[row * count + i] && abs(sent.constant) <= kLargest && abs(sent.slope) <= kLargest)
           return finish_columns<Floats>(dy + at, x + at, dx + at, length, mean[row], rstd[row], w, p, sent, running.weight() + p - origin,
                                         running.bias() + p - origin);
       const int64_t slot = n / height * parameters + p;

@@ -11,7 +11,6 @@
 //   - Magnitudes stay within 2^-100 and 2^100, so that no product overflows and what underflows does not matter.
 #pragma once
 
-#include <cmath>
 #include <utility>
 
 #include "kernels.h"
@@ -24,7 +23,7 @@ constexpr double kLargest = 0x1p100, kSmallest = 0x1p-100;
 template <class T>
 constexpr bool in_float = !std::is_same_v<T, double>;
 
-inline bool moderate(double value) { return (value == 0) | ((std::abs(value) >= kSmallest) & (std::abs(value) <= kLargest)); }
+inline bool moderate(double value) { return (value == 0) | ((abs(value) >= kSmallest) & (abs(value) <= kLargest)); }
 
 struct Sums {
   double first, second;
@@ -71,7 +70,9 @@ inline void from_sums(double shift, Sums sums, int64_t count, double& mean, doub
 }
 
 // Whether float sums about a shift are exact enough: the shift is within two standard deviations of the mean, and squares are moderate.
-inline bool shift_held(double sum, double squares, double count) {
+// For doubles or vectors of them.
+template <class D>
+auto shift_held(D sum, D squares, D count) {
   return (sum * sum <= 4 * count * squares) & (squares >= kSmallest * count) & (squares <= kLargest);
 }
 
@@ -105,7 +106,7 @@ void run_moments(const T* x, int64_t count, double& mean, double& squares) {
           0.25 * ((load_one(x + step / 2) + load_one(x + step / 2 + step)) + (load_one(x + count - 1 - step) + load_one(x + count - 1))));
       const Sums sums = shifted_sums<Floats>(x, count, shift);
       from_sums(shift, sums, count, mean, squares);
-      if (shift_held(sums.first, squares, count)) return;
+      if (shift_held<double>(sums.first, squares, count)) return;
     }
   }
   run_moments_in_double(x, count, mean, squares);
@@ -150,8 +151,15 @@ void pool(const double* means, const double* squares, int64_t parts, int64_t str
 // ---- reduction of a gradient --------------------------------------------------------------------------------------------------
 
 // Whether float sums of dy and dy * (x - center) stand: nothing overflowed, and no product vanished that is not far below the sum.
-inline bool reduction_held(Sums sums, double count) {
-  return (std::abs(sums.second) >= kSmallest * count) & (std::abs(sums.second) <= kLargest) & (std::abs(sums.first) <= kLargest);
+template <class D>
+auto reduction_held(D sum_dy, D sum_dy_x, D count) {
+  return (abs(sum_dy_x) >= kSmallest * count) & (abs(sum_dy_x) <= kLargest) & (abs(sum_dy) <= kLargest);
+}
+
+// What the second sum lacks when float arithmetic has cut `center` to `held`; also where the sum is infinite and nothing was cut.
+template <class D>
+D cut_off(D held, D center, D sum_dy) {
+  return held == center ? D{} : (held - center) * sum_dy;
 }
 
 template <class V, class T>
@@ -162,7 +170,7 @@ template <class V, class T>
     const V g = get(dy);
     return std::pair(g, g * (get(x) - k));
   });
-  if (held != center) sums.second += (held - center) * sums.first;
+  sums.second += cut_off(held, center, sums.first);
   return sums;
 }
 
@@ -175,9 +183,9 @@ template <class T>
 template <class T>
 Sums run_reduce(const T* dy, const T* x, int64_t count, double center) {
   if constexpr (in_float<T>) {
-    if (count >= lanes<Floats> && std::abs(center) <= kLargest) {
+    if (count >= lanes<Floats> && abs(center) <= kLargest) {
       const Sums sums = reduce_about<Floats>(dy, x, count, center);
-      if (reduction_held(sums, count)) return sums;
+      if (reduction_held<double>(sums.first, sums.second, count)) return sums;
     }
   }
   return run_reduce_in_double(dy, x, count, center);
@@ -220,7 +228,7 @@ template <class Map>
   constexpr int P = Map::kParameters;
   out[0] = static_cast<float>(p[0]);
   const double cut = out[0] - p[0], constant = cut == 0 ? p[P - 1] : p[P - 1] + cut * p[P - 2];
-  bool fit = std::abs(p[0]) <= kLargest && std::abs(constant) <= Map::kConstant;
+  bool fit = abs(p[0]) <= kLargest && abs(constant) <= Map::kConstant;
   for (int m = 1; m < P - 1; ++m) {
     fit &= moderate(p[m]);
     out[m] = static_cast<float>(p[m]);
