@@ -79,7 +79,7 @@ class MatrixOperator:
 class ConvOperator:
     """The convolution itself on inputs of one size, with its stride, dilation, groups and padding of any mode.
 
-    Padding is a product with a matrix of zeros and ones along each dimension, so that its transpose is at hand whatever the mode.
+    Padding other than with zeros is a product with a matrix of zeros and ones along each dimension, so that its transpose is at hand.
     """
 
     lead = 0
@@ -89,9 +89,9 @@ class ConvOperator:
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
         self.channels = (module.out_channels, module.in_channels)
         self.kernel_size = module.kernel_size
-        self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        pads = module._reversed_padding_repeated_twice
-        self.pads = [(pads[2 * d], pads[2 * d + 1]) for d in reversed(range(len(spatial)))]  # (before, after) of each dimension
+        self.mode = module.padding_mode
+        self.flat_pads = list(module._reversed_padding_repeated_twice)  # last dimension first, as F.pad takes it
+        self.pads = [(self.flat_pads[2 * d], self.flat_pads[2 * d + 1]) for d in reversed(range(len(spatial)))]
 
     def sizes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         padded = [n + before + after for n, (before, after) in zip(self.spatial, self.pads, strict=True)]
@@ -99,8 +99,11 @@ class ConvOperator:
         return (self.channels[0], *out), (self.channels[1], *self.spatial)
 
     def apply(self, weight: Tensor, v: Tensor) -> Tensor:
-        for dim, pad in enumerate(self._paddings(v), start=1):
-            v = (v.movedim(dim, -1) @ pad).movedim(-1, dim)
+        if self.mode == "zeros":
+            v = F.pad(v, self.flat_pads)
+        else:
+            for dim, pad in enumerate(self._paddings(v), start=1):
+                v = (v.movedim(dim, -1) @ pad).movedim(-1, dim)
         return CONV[len(self.spatial)](v[None], weight, None, self.stride, 0, self.dilation, self.groups)[0]
 
     def adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
@@ -111,6 +114,8 @@ class ConvOperator:
             )
         ]
         v = CONV_TRANSPOSE[len(self.spatial)](u[None], weight, None, self.stride, 0, left_over, self.groups, self.dilation)[0]
+        if self.mode == "zeros":
+            return F.pad(v, [-pad for pad in self.flat_pads])
         for dim, pad in enumerate(self._paddings(u), start=1):
             v = (v.movedim(dim, -1) @ pad.mT).movedim(-1, dim)
         return v

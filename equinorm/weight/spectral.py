@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -67,6 +66,12 @@ def length(weight: Tensor) -> Tensor:
     return safe_sqrt(weight.square().sum())
 
 
+def lattice(sizes: tuple[int, ...], like: Tensor) -> Tensor:
+    """All index tuples below ``sizes`` in row-major order, ``(prod(sizes), d)``."""
+    axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+
+
 def circular_norm(weight: Tensor, spatial: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> Tensor:
     """Spectral norm of a circular convolution of stride 1 on inputs of size ``spatial``: a Fourier transform makes it block diagonal.
 
@@ -74,10 +79,10 @@ def circular_norm(weight: Tensor, spatial: tuple[int, ...], dilation: tuple[int,
     singular value of any block. The singular vectors are constants of the derivative, which is exact for the first one.
     """
     blocks = weight.unflatten(0, (groups, -1)).flatten(3)  # (G, out / G, in / G, K)
-    taps = torch.tensor(list(itertools.product(*map(range, weight.shape[2:]))), dtype=weight.dtype, device=weight.device)  # (K, d)
+    taps = lattice(tuple(weight.shape[2:]), weight)  # (K, d)
     # A real kernel has conjugate blocks at f and -f: half of the last axis is enough.
     half = (*spatial[:-1], spatial[-1] // 2 + 1)
-    frequencies = torch.tensor(list(itertools.product(*map(range, half))), dtype=weight.dtype, device=weight.device)  # (F, d)
+    frequencies = lattice(half, weight)  # (F, d)
     step = torch.tensor([2 * math.pi * d / n for d, n in zip(dilation, spatial, strict=True)], dtype=weight.dtype, device=weight.device)
 
     def transfer(at: Tensor, kernel: Tensor) -> Tensor:
