@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from equinorm.core.measure import Per
 from equinorm.kernels import Impl, dense, like, pick, reference
@@ -34,7 +33,8 @@ def controlled_norm(
 ) -> Tensor:
     """``y * weight + bias`` with ``y = (x - center) * scale``, and a backward pass of the method's own.
 
-    The gradients of weight and bias are the derivatives. Nothing can be differentiated twice.
+    The gradients of weight and bias are the derivatives. Nothing can be differentiated twice: a backward pass with ``create_graph=True``
+    raises RuntimeError.
 
     Args:
         x: (N, C, *S), floating, any memory layout; the output has its dtype and, where dense, its layout.
@@ -79,8 +79,12 @@ class _Controlled(torch.autograd.Function):
         return torch.where(mask, reference.affine(torch.where(mask, x, zero), center, scale, shift), zero)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "this norm's backward pass is by definition not the derivative of its forward pass, so it cannot be recorded to be "
+                "differentiated again: call backward without create_graph=True, or use a norm with an exact derivative, or eval()"
+            )
         x, center, scale, weight, mask = ctx.saved_tensors
         if ctx.kernels is not None:
             dz = like(dz, x)

@@ -18,6 +18,28 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@torch.library.custom_op("equinorm::snapshot", mutates_args=())
+def _opaque_copy(buffer: Tensor) -> Tensor:
+    """A copy that a compiler does not look into.
+
+    A compiled backward pass recomputes cheap operations from the inputs of the graph, buffers included, and by then the step has moved the
+    buffers: the gradient would be that of the next step. What comes out of an operation unknown to the compiler is kept instead.
+    """
+    return buffer.clone()
+
+
+@_opaque_copy.register_fake
+def _(buffer: Tensor) -> Tensor:
+    return torch.empty_like(buffer)
+
+
+def snapshot(buffer: Tensor) -> Tensor:
+    """A copy of a buffer that a training step reads and then moves, floating types as small statistics."""
+    if torch.compiler.is_compiling():
+        buffer = _opaque_copy(buffer)
+    return buffer.to(small_dtype(buffer) if buffer.is_floating_point() else buffer.dtype, copy=True)
+
+
 class RunningState(nn.Module):
     """Buffers that training moves: kept wide in a half-precision module, at rest when frozen, read as they were before a step.
 
@@ -49,8 +71,7 @@ class RunningState(nn.Module):
         """
         if recomputing() and self._read:
             return self._read
-        state = tuple(self._buffers[name] for name in names)
-        read = tuple(b.to(small_dtype(b) if b.is_floating_point() else b.dtype, copy=True) for b in state if b is not None)
+        read = tuple(snapshot(buffer) for name in names if (buffer := self._buffers[name]) is not None)
         if not torch.compiler.is_compiling():
             self._read = read
         return read
@@ -114,8 +135,9 @@ class RunningMoments(RunningState):
         """The estimates as moments (1, C) without gradient; a copy, because a later step moves the buffers."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        small = small_dtype(self.running_mean)
-        return Moments(self.running_mean.to(small, copy=True).unsqueeze(0), self.running_var.to(small, copy=True).unsqueeze(0), 1)
+        small, moves = small_dtype(self.running_mean), self.learning
+        mean, var = (snapshot(b) if moves else b.to(small, copy=True) for b in (self.running_mean, self.running_var))
+        return Moments(mean.unsqueeze(0), var.unsqueeze(0), 1)
 
     @torch.no_grad()
     def learn(self, seen: Moments, *, unbiased: bool = True) -> None:

@@ -194,7 +194,11 @@ class MixtureNorm(RunningState, ChannelNorm):
         if self.learning and self.process_group is None and mask is None:
             check_batch(self, x)
         data = wide(x) if mask is None else torch.where(mask, wide(x), 0.0)
-        *before, initialized = self.before_step("running_share", "running_mean", "running_var", "initialized")
+        if self.learning:
+            *before, initialized = self.before_step(*self.kept_wide, "initialized")
+        else:
+            state = (self.running_share, self.running_mean, self.running_var)
+            before, initialized = [b.to(small_dtype(data), copy=True) for b in state], self.initialized
         running, group = Mixture(*before), self.process_group if self.learning else None
         p = self._given(x, responsibilities) if responsibilities is not None else self._fitted(data, mask, running, initialized, group)
         p = p.to(data.dtype) if mask is None else torch.where(mask, p.to(data.dtype), 0.0)  # (N, K, *S)
