@@ -137,20 +137,6 @@ class VirtualBatchNorm(equinorm.VirtualBatchNorm):
         return super().forward(x, mask, **options)
 
 
-def experienced(steps: int) -> Callable[[nn.Module, Tensor], None]:
-    """A module that counts its steps, after ``steps`` of them: past its warm-up, and with something in all of its state."""
-
-    def ready(module: nn.Module, x: Tensor) -> None:
-        with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                if name == "iters":
-                    buffer.fill_(steps)
-                else:
-                    buffer.copy_(1 + torch.arange(buffer.numel()).sin().reshape(buffer.shape) / 2)
-
-    return ready
-
-
 CASES: tuple[Case, ...] = (
     Case(
         cls=equinorm.BatchNorm,
@@ -798,19 +784,10 @@ CASES: tuple[Case, ...] = (
             "alpha_fwd": (lambda: equinorm.PowerNorm(6, alpha_fwd=2.0), ValueError, "PowerNorm: alpha_fwd must be a number in"),
             "alpha_bkw": (lambda: equinorm.PowerNorm(6, alpha_bkw=-1.0), ValueError, "PowerNorm: alpha_bkw must be a number in"),
             "groups": (lambda: equinorm.PowerNorm(6, num_groups=4), ValueError, "PowerNorm: num_groups must divide num_features, got 4"),
-            "warmup": (lambda: equinorm.PowerNorm(6, warmup_iters=-1), ValueError, "PowerNorm: warmup_iters must be an integer of at least 0"),
+            "warmup": (lambda: equinorm.PowerNorm(6, warmup_iters=-1), ValueError, "PowerNorm: warmup_iters must be"),
             "variant": (lambda: equinorm.PowerNorm(6, variant="PN-X"), ValueError, "PowerNorm: variant must be .* got 'PN-X'"),
             "dim": (lambda: equinorm.PowerNorm(6, channel_dim=2), ValueError, "PowerNorm: channel_dim must be 1 .* or -1 .*, got 2"),
         },
-    ),
-    Case(
-        cls=equinorm.PowerNorm,
-        args=(6,),
-        reference=moving.power,
-        options=({"channel_dim": 1, "warmup_iters": 5, "num_groups": 2},),
-        derivative=False,
-        steady=False,  # past the warm-up the output depends on what the last batch left
-        ready=experienced(7),
     ),
     Case(
         cls=equinorm.MovingAverageBatchNorm,
@@ -833,14 +810,5 @@ CASES: tuple[Case, ...] = (
                 "MovingAverageBatchNorm: warmup_iters must be an integer of at least 0, got 1.5",
             ),
         },
-    ),
-    Case(
-        cls=equinorm.MovingAverageBatchNorm,
-        args=(6,),
-        reference=moving.moving_average_batch,
-        options=({"buffer_size": 3, "alpha": 0.7}, {"buffer_size": 3, "clip": 1.05}),
-        derivative=False,
-        steady=False,
-        ready=experienced(1000),
     ),
 )

@@ -227,7 +227,7 @@ def test_claim_per_channel(case):
 def test_claim_train_differs(case):
     module, x = build(case), data(case)
     more = extras(case, x)
-    module(x, *more)
+    module(data(case), *more)
     trained = copy.deepcopy(module)(x, *more)
     differs = not torch.allclose(trained, module.eval()(x, *more), rtol=1e-9, atol=1e-9)
     assert differs == case.cls.facts.train_differs
