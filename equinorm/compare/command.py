@@ -108,7 +108,7 @@ def run(arguments: Namespace) -> int:
     if arguments.json:
         from equinorm.compare.output import to_json
 
-        print(json.dumps(to_json(comparison, files), indent=2, allow_nan=False))
+        print(json.dumps(to_json(comparison, files), indent=2, default=repr))
     else:
         from equinorm.compare.table import print_results
 

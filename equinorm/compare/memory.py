@@ -24,9 +24,8 @@ class PeakMemory:
     """
 
     def __init__(self, device: str) -> None:
-        self._cuda = torch.device(device).type == "cuda"
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+        self._device = torch.device(device)
+        self._cuda = self._device.type == "cuda"
         self._start = self._peak()
 
     def bytes(self) -> int | None:
@@ -38,7 +37,7 @@ class PeakMemory:
 
     def _peak(self) -> int | None:
         if self._cuda:
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated(self._device)
         if resource is None:
             return None
         unit = 1 if sys.platform == "darwin" else 1024

@@ -82,12 +82,12 @@ class Progress(Protocol):
 
 
 class Bar:
-    """A progress bar on standard error."""
+    """A progress bar on a terminal."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, stream: TextIO) -> None:
         self._time = TimeLeft(workers)
         self._news = FailureNews()
-        self._console = Console(stderr=True)
+        self._console = Console(file=stream)
         self._bar = RichProgress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"), _Left(self), console=self._console
         )
@@ -120,9 +120,11 @@ class Bar:
 
     def note(self) -> str:
         """Time left, and what others are doing."""
+        if not self._left:
+            return ""
         seconds = self._time.seconds(self._left)
-        text = "" if seconds is None or not self._left else f"about {duration(seconds)} left"
-        return f"{text}, {self._elsewhere} elsewhere" if self._elsewhere else text
+        parts = ["" if seconds is None else f"about {duration(seconds)} left", f"{self._elsewhere} elsewhere" if self._elsewhere else ""]
+        return ", ".join(filter(None, parts))
 
 
 class _Left(ProgressColumn):
@@ -186,4 +188,4 @@ def duration(seconds: float) -> str:
 
 def progress_on(stream: TextIO, workers: int) -> Progress:
     """A bar if the stream is a terminal, else lines."""
-    return Bar(workers) if stream.isatty() else Lines(workers, stream)
+    return Bar(workers, stream) if stream.isatty() else Lines(workers, stream)

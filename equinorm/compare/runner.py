@@ -13,7 +13,7 @@ from equinorm.compare.plan import Plan
 from equinorm.compare.pool import Pool
 from equinorm.compare.progress import Lines, Progress
 from equinorm.compare.results import Comparison
-from equinorm.compare.study import STORAGE_ERRORS, Study, first_line, shown
+from equinorm.compare.study import STORAGE_ERRORS, Study, first_line, shown, sqlite_url
 from equinorm.compare.task import Task
 from equinorm.compare.worker import BadTask, Job
 from equinorm.kernels import cpu
@@ -61,7 +61,7 @@ def compare(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder of the results cannot be made: {error}") from error
-    storage = storage or f"sqlite:///{folder / 'study.db'}"
+    storage = storage or sqlite_url(folder / "study.db")
     task, cells = Task(plan.task), plan.cells()
     queue = Study(storage, study or plan.task, plan.identity(), plan.direction, stale_after)
     if measure:
@@ -114,7 +114,7 @@ def _measure(queue: Study, cells: Sequence[Cell], pool: Pool, metric: str, progr
                 queue.recover(cells)
                 recovered = now
             left = queue.unfinished(by_key.keys())
-            progress.update([by_key[key] for key in left], elsewhere=len(queue.running(left)) - len(pool.claims))
+            progress.update([by_key[key] for key in left], elsewhere=max(0, len(queue.running(left)) - len(pool.claims)))
     except KeyboardInterrupt:
         done = len(cells) - len(left)
         raise Interrupted(f"stopped; {done} of {len(cells)} cells are finished and kept, and the same command goes on from there") from None

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -29,6 +30,7 @@ from equinorm.compare.plan import fingerprint
 
 LOCK_TIMEOUT_S = 60
 OPENING_TRIES = 20
+HISTORY = "history "
 
 
 STORAGE_ERRORS = (exc.SQLAlchemyError, StorageInternalError)
@@ -106,7 +108,10 @@ class Study:
         """Record what became of a cell; its value is ``metric``. Without effect if it was taken for lost and settled by another command."""
         try:
             if isinstance(outcome, Measured):
-                self._storage.set_trial_user_attr(claim.trial_id, "result", outcome.to_json())
+                record = outcome.to_json()
+                for name, values in record.pop("history").items():  # apart, since MySQL limits the size of an attribute
+                    self._storage.set_trial_user_attr(claim.trial_id, HISTORY + name, values)
+                self._storage.set_trial_user_attr(claim.trial_id, "result", record)
                 self._storage.set_trial_state_values(claim.trial_id, TrialState.COMPLETE, [outcome.score(metric)])
             else:
                 self._storage.set_trial_user_attr(claim.trial_id, "failure", outcome.to_json())
@@ -150,7 +155,8 @@ class Study:
             if key not in keys or isinstance(found.get(key), Measured):
                 continue
             if trial.state is TrialState.COMPLETE:
-                found[key] = Measured(**trial.user_attrs["result"])
+                history = {name.removeprefix(HISTORY): values for name, values in trial.user_attrs.items() if name.startswith(HISTORY)}
+                found[key] = Measured(history=history, **trial.user_attrs["result"])
             elif trial.state is TrialState.FAIL and "failure" in trial.user_attrs:
                 found[key] = Failed(**trial.user_attrs["failure"])
         return found
@@ -189,6 +195,11 @@ class Study:
                 f"({'; '.join(different)}): choose another --out folder or another --study name"
             )
         return study
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of an SQLite file, whatever characters its name has."""
+    return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def shown(storage: str) -> str:

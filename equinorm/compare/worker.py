@@ -31,7 +31,7 @@ from equinorm.compare.norms import NormSpec
 from equinorm.compare.outcomes import Failed, Measured, Outcome
 from equinorm.compare.task import Task
 
-LAST_LINES = 30
+LAST_LINES, LONGEST_REASON = 30, 2000
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def measure(job: Job, cell: Cell) -> Outcome:
 
 
 def _failed(error: Exception, spec: NormSpec, epoch: int, where: dict[str, Any]) -> Failed:
-    summary = f"{type(error).__name__}: {error}".strip().rstrip(":")
+    summary = f"{type(error).__name__}: {error}".strip().rstrip(":")[:LONGEST_REASON]
     details = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
     refused = isinstance(error, (ValueError, TypeError)) and any(spec.made(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
     return Failed("refused" if refused else "error", summary, epoch, "\n".join(details), where)

@@ -6,10 +6,13 @@ import csv
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from equinorm.cli import main
+from equinorm.compare import demo
+from equinorm.compare.plan import Plan
 
 GRID = ("tiny.py:task", "--norms", "none", "batch", "layer", "--batch-sizes", "2,4", "--seeds", "2", "--out", "out")
 CELLS = 3 * 2 * 2
@@ -221,6 +224,20 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "optuna" else found(name))
     assert main(["compare"]) == 2
     assert capsys.readouterr().err == 'equinorm compare: optuna not installed: pip install "equinorm[compare]"\n'
+
+
+def test_demo_writes_one_report_on_both_comparisons(tiny, monkeypatch, capfd):
+    assert [(plan.task, len(plan.cells())) for plan in demo.plans()] == [("digits-mlp", 72), ("digits", 18)]
+    tasks = (f"tiny.py:{name}" for name in ("plain", "task"))
+    small = [Plan(task=task, norms=("none", "layer"), batch_sizes=(2, 4), seeds=(0, 1)) for task in tasks]
+    monkeypatch.setattr(demo, "plans", lambda: small)
+    assert main(["demo", "--out", "here"]) == 0
+    shown = capfd.readouterr().out
+    assert "At batch size 4 the highest median accuracy is that of none, 0.750" in shown.replace("\n", " ")
+    assert shown.splitlines()[-1].startswith("16 cells in ")
+    assert shown.rstrip().endswith("here/report.html")
+    page = Path("here/report.html").read_text()
+    assert page.count("<h2>tiny.py:") == 2
 
 
 def _lines(path):

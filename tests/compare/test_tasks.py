@@ -120,8 +120,12 @@ def test_built_in_tasks_describe_themselves():
     for name in BUILT_IN:
         task = Task(name)
         assert task.stated("metric") == "accuracy"
-        rate = task.signature.parameters["lr"].default
-        assert f"learning rate is {rate} at batch size 64" in " ".join(task.description.split())
+        defaults = {name: parameter.default for name, parameter in task.signature.parameters.items()}
+        described = " ".join(task.description.split())
+        assert f"default learning rate is {defaults['lr']} at batch size 64" in described
+        assert f"By default {defaults['epochs']} passes over the training data" in described
+        if "depth" in defaults:
+            assert f"by default {defaults['depth']} of {defaults['width']} features" in described
 
 
 # CIFAR-10 in small: real layout, few records.

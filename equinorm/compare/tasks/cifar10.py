@@ -39,10 +39,11 @@ def cifar10(
 ) -> Iterator[dict[str, float]]:
     """CIFAR-10, VGG with 13 convolutions.
 
-    3x3 convolutions in five stages of 64, 128, 256, 512 and 512 channels (convolution, norm, ReLU), 2x2 max pooling after each stage, He
-    initialization, SGD with momentum 0.9 and weight decay 5e-4. The learning rate is 0.025 at batch size 64, proportional to the batch
-    size, and falls to 0 along half a cosine. Thirty passes over the training data at every batch size, with random shifts of up to 4 pixels
-    and random mirroring. A tenth of the published training images, always the same, validates; the published test images test.
+    3x3 convolutions in five stages of 64, 128, 256, 512 and 512 channels (convolution, norm, ReLU), 2x2 max pooling after each stage; He
+    initialization; SGD with momentum 0.9 and weight decay 5e-4. A tenth of the published training images, always the same, validates; the
+    published test images test. Training images are shifted by up to 4 pixels and mirrored at random. By default 30 passes over the training
+    data at every batch size. The default learning rate is 0.025 at batch size 64; it is proportional to the batch size and falls to 0 along
+    half a cosine. The order of the data and the shifts are drawn from a generator of their own, so they are the same for every norm.
     """
     weights, order = generator(seed), generator(seed + 1)
     model = vgg(STAGES, 10, norm_layer, weight_layer, weights)
