@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import equinorm
 from tests.references import batch_family, evonorm, mixture, moving, online
-from tests.references import conditional, learned
+from tests.references import conditional, learned, recurrent
 from tests.references import mode
 from tests.references import local
 from tests.references import norms as reference
@@ -49,7 +49,8 @@ class Case:
         steady: False where a training forward must not be repeated with the same result (the output depends on state that it moved).
         bad: ``name -> (call, exception, pattern)``: calls that must raise, and what the message must say.
         counted: whether the class is told the number of channels, and so refuses any other.
-        autocast: False where convolutions or matrix products run in autocast's type, as they do outside of a norm.
+        wide_products: False where convolutions or matrix products run in the type of the parameters, or of autocast, as they do outside
+            of a norm.
         ready: brings a fresh module to a state in which evaluation makes sense (data-dependent initialisation), from (module, x).
     """
 
@@ -65,7 +66,7 @@ class Case:
     derivative: bool = True
     steady: bool = True
     counted: bool = True
-    autocast: bool = True
+    wide_products: bool = True
     bad: Mapping[str, tuple[Callable[[], Any], type[Exception], str]] = field(default_factory=dict)
     ready: Callable[[nn.Module, Tensor], None] | None = None
     seen_as: type[nn.Module] | None = None
@@ -102,6 +103,20 @@ def labels(channels: int) -> Callable[..., tuple[Tensor]]:
     return lambda x, generator: (torch.cat([x.detach()[:, :channels].sin()] * 2, -1)[..., 1:],)
 
 
+class LayerNormLSTM(equinorm.LayerNormLSTM):
+    """Without the final state."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(*args, **kwargs)[0]
+
+
+class LayerNormGRU(equinorm.LayerNormGRU):
+    """Without the final state."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(*args, **kwargs)[0]
+
+
 class AdaLayerNormZero(equinorm.AdaLayerNormZero):
     """With its two outputs, the branch's input and the gate, as the even and odd features of one."""
 
@@ -135,6 +150,13 @@ class VirtualBatchNorm(equinorm.VirtualBatchNorm):
             with torch.no_grad():
                 self.set_reference(batch_family.reference_batch(self.num_features).to(x.dtype))
         return super().forward(x, mask, **options)
+
+
+class InPlaceABN(equinorm.InPlaceABN):
+    """With an input of its own to overwrite; tests/norms/test_in_place_batch.py looks at what is overwritten."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        return super().forward(x.clone(), mask, **options)
 
 
 CASES: tuple[Case, ...] = (
@@ -264,6 +286,24 @@ CASES: tuple[Case, ...] = (
         ready=lambda module, x: module(x),
         bad={
             "init_std": (lambda: equinorm.VirtualBatchNorm(6, init_std=-1.0), ValueError, "VirtualBatchNorm: init_std must be .* got -1.0")
+        },
+    ),
+    Case(
+        cls=equinorm.InPlaceABN,
+        seen_as=InPlaceABN,
+        args=(6,),
+        reference=batch_family.in_place_batch,
+        options=(
+            {},
+            {"weight_mode": "signed", "activation": "elu", "activation_param": 1.0, "momentum": None},
+            {"activation": "elu", "activation_param": 0.5, "eps": 1e-3},
+            {"activation": "identity", "affine": False, "track_running_stats": False},
+        ),
+        bad={
+            "relu": (lambda: equinorm.InPlaceABN(6, activation="relu"), ValueError, "InPlaceABN: activation must be one .* got 'relu'"),
+            "slope": (lambda: equinorm.InPlaceABN(6, activation_param=0.0), ValueError, "InPlaceABN: activation_param must be positive"),
+            "mode": (lambda: equinorm.InPlaceABN(6, weight_mode="sign"), ValueError, "InPlaceABN: weight_mode must be .* got 'sign'"),
+            "momentum": (lambda: equinorm.InPlaceABN(6, momentum=2.0), ValueError, "InPlaceABN: momentum"),
         },
     ),
     Case(
@@ -635,7 +675,7 @@ CASES: tuple[Case, ...] = (
         ),
         spatial=(2,),
         extra=labels(2),
-        autocast=False,
+        wide_products=False,
         bad={
             "norm": (lambda: equinorm.SPADE(6, 2, norm="layer"), ValueError, "SPADE: norm must be .* got 'layer'"),
             "kernel": (lambda: equinorm.SPADE(6, 2, kernel_size=4), ValueError, "SPADE: kernel_size must be odd.* got 4"),
@@ -784,7 +824,11 @@ CASES: tuple[Case, ...] = (
             "alpha_fwd": (lambda: equinorm.PowerNorm(6, alpha_fwd=2.0), ValueError, "PowerNorm: alpha_fwd must be a number in"),
             "alpha_bkw": (lambda: equinorm.PowerNorm(6, alpha_bkw=-1.0), ValueError, "PowerNorm: alpha_bkw must be a number in"),
             "groups": (lambda: equinorm.PowerNorm(6, num_groups=4), ValueError, "PowerNorm: num_groups must divide num_features, got 4"),
-            "warmup": (lambda: equinorm.PowerNorm(6, warmup_iters=-1), ValueError, "PowerNorm: warmup_iters must be"),
+            "warmup": (
+                lambda: equinorm.PowerNorm(6, warmup_iters=-1),
+                ValueError,
+                "PowerNorm: warmup_iters must be",
+            ),
             "variant": (lambda: equinorm.PowerNorm(6, variant="PN-X"), ValueError, "PowerNorm: variant must be .* got 'PN-X'"),
             "dim": (lambda: equinorm.PowerNorm(6, channel_dim=2), ValueError, "PowerNorm: channel_dim must be 1 .* or -1 .*, got 2"),
         },
@@ -810,5 +854,40 @@ CASES: tuple[Case, ...] = (
                 "MovingAverageBatchNorm: warmup_iters must be an integer of at least 0, got 1.5",
             ),
         },
+    ),
+    Case(
+        cls=LayerNormLSTM,
+        args=(4, 4),
+        reference=recurrent.lstm,
+        options=(
+            {"batch_first": True},
+            {"batch_first": True, "gate_norm": "per_gate", "forget_bias": 1.0, "bias": False},
+            {"batch_first": True, "num_layers": 2, "eps": 1e-3},
+        ),
+        geometry="row",
+        shape=(3, 2, 4),
+        masked=False,
+        wide_products=False,
+        bad={
+            "hidden": (lambda: equinorm.LayerNormLSTM(6, 1), ValueError, "LayerNormLSTM: hidden_size must be at least 2"),
+            "layers": (lambda: equinorm.LayerNormLSTM(6, 6, 0), ValueError, "LayerNormLSTM: num_layers must be"),
+            "gates": (lambda: equinorm.LayerNormLSTM(6, 6, gate_norm="none"), ValueError, "gate_norm must be .* got 'none'"),
+            "dropout": (lambda: equinorm.LayerNormLSTM(6, 6, dropout=1.0), ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+        },
+    ),
+    Case(
+        cls=LayerNormGRU,
+        args=(4, 4),
+        reference=recurrent.gru,
+        options=(
+            {"batch_first": True},
+            {"batch_first": True, "gate_norm": "per_gate"},
+            {"batch_first": True, "num_layers": 2, "eps": 1e-3},
+        ),
+        geometry="row",
+        shape=(3, 2, 4),
+        masked=False,
+        wide_products=False,
+        bad={"gates": (lambda: equinorm.LayerNormGRU(6, 6, gate_norm="none"), ValueError, "gate_norm must be .* got 'none'")},
     ),
 )

@@ -285,7 +285,9 @@ def test_half_types_are_rounded_once(case, dtype, wide_parameters):
             x.double(), *[e.to(dtype).double() if torch.is_tensor(e) and e.is_floating_point() else e for e in extras(case, x.double())]
         )
         assert y.dtype == dtype
-        assert_close(y, want, label=f"output at mean {offset:g}")
+        assert y.isfinite().all()
+        if wide_parameters or case.wide_products:
+            assert_close(y, want, label=f"output at mean {offset:g}")
 
 
 @by_case
@@ -577,7 +579,7 @@ def test_autocast_and_inference_keep_the_input_type(case):
     with torch.autocast("cpu", torch.bfloat16):
         y = copy.deepcopy(module)(x, *more)
     assert y.dtype == torch.float32
-    if case.autocast:
+    if case.wide_products:
         assert_close(y, want.double())
     with torch.inference_mode():
         assert_close(copy.deepcopy(module)(x, *more), want.double())
