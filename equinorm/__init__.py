@@ -78,6 +78,10 @@ from equinorm.conditional.spade import SPADE as SPADE
 
 # Weights: parametrizations (functions that take a layer and return it) and layers that carry one
 from equinorm.weight.centered import centered_weight_norm as centered_weight_norm
+from equinorm.weight.centering import CenConv1d as CenConv1d
+from equinorm.weight.centering import CenConv2d as CenConv2d
+from equinorm.weight.centering import CenConv3d as CenConv3d
+from equinorm.weight.centering import weight_centering as weight_centering
 from equinorm.weight.cosine import CosineLinear as CosineLinear  # isort: split
 from equinorm.weight.cosine import CosineConv1d as CosineConv1d
 from equinorm.weight.cosine import CosineConv2d as CosineConv2d

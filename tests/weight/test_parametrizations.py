@@ -43,6 +43,7 @@ CASES = [
     Case("spectral_norm-conv", lambda m: equinorm.spectral_norm(m, method="conv", input_shape=(5,) * (m.weight.ndim - 2)), CONVS),
     Case("scaled_weight_standardization", equinorm.scaled_weight_standardization),
     Case("scaled_weight_standardization-inside", lambda m: equinorm.scaled_weight_standardization(m, eps_mode="inside", gamma=1.7)),
+    Case("weight_centering", equinorm.weight_centering),
     Case("centered_weight_norm", equinorm.centered_weight_norm),
     Case("centered_weight_norm-learned", lambda m: equinorm.centered_weight_norm(m, learnable_scale=True, eps=0.1)),
     Case("bjorck_orthonormal", lambda m: equinorm.bjorck_orthonormal(m, n_iter=3)),
