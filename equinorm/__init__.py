@@ -56,6 +56,8 @@ from equinorm.norms.iterative import IterNorm as IterNorm
 # Learned mixtures
 from equinorm.norms.attentive import AttentiveNorm as AttentiveNorm
 from equinorm.norms.ilm import ILMNorm as ILMNorm
+from equinorm.norms.selection import SparsestMaxScheduler as SparsestMaxScheduler
+from equinorm.norms.selection import ssn_to_fixed as ssn_to_fixed
 from equinorm.norms.sparse_switch import SparseSwitchNorm as SparseSwitchNorm
 from equinorm.norms.sparse_switch import SparsestMaxScheduler as SparsestMaxScheduler
 from equinorm.norms.sparse_switch import ssn_to_fixed as ssn_to_fixed
