@@ -227,7 +227,9 @@ def test_a_zero_weight_gives_zeros_and_does_not_kill_the_vectors():
     assert_close(layer(torch.ones(1, 6)) - layer.bias, torch.zeros(1, 4))
     with torch.no_grad():
         layer.parametrizations.weight.original.normal_()
-    assert top(converge(layer).weight) == pytest.approx(1, abs=1e-5)
+    for _ in range(300):  # power iteration as in training, from the vectors that saw the zeros
+        _ = layer.weight
+    assert top(layer.eval().weight) == pytest.approx(1, abs=1e-5)
 
 
 def test_assignment_and_restart_find_the_vectors_anew():
