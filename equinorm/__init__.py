@@ -59,8 +59,6 @@ from equinorm.norms.ilm import ILMNorm as ILMNorm
 from equinorm.norms.selection import SparsestMaxScheduler as SparsestMaxScheduler
 from equinorm.norms.selection import ssn_to_fixed as ssn_to_fixed
 from equinorm.norms.sparse_switch import SparseSwitchNorm as SparseSwitchNorm
-from equinorm.norms.sparse_switch import SparsestMaxScheduler as SparsestMaxScheduler
-from equinorm.norms.sparse_switch import ssn_to_fixed as ssn_to_fixed
 from equinorm.norms.sparsestmax import sparsemax as sparsemax
 from equinorm.norms.sparsestmax import sparsestmax as sparsestmax
 from equinorm.norms.mixture import MixtureNorm as MixtureNorm
@@ -76,6 +74,7 @@ from equinorm.conditional.adaptive_instance import adaptive_instance_norm as ada
 from equinorm.conditional.conditional_batch import ConditionalBatchNorm as ConditionalBatchNorm
 from equinorm.conditional.conditional_instance import ConditionalInstanceNorm as ConditionalInstanceNorm
 from equinorm.conditional.film import FiLM as FiLM
+from equinorm.conditional.sequential import ConditionalSequential as ConditionalSequential
 from equinorm.conditional.spade import SPADE as SPADE
 
 # Weights: parametrizations (functions that take a layer and return it) and layers that carry one
