@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def takes_condition(module: nn.Module) -> bool:
@@ -22,7 +22,7 @@ class ConditionalSequential(nn.Sequential):
         args: modules, or one ordered dict of them, as for ``torch.nn.Sequential``.
 
     Shape:
-        x: what the first module takes. condition: what the modules that take it agree on: a tensor of embeddings, of class numbers, a label map.
+        x: what the first module takes. condition: what the modules that take it agree on: embeddings, class numbers, a label map.
 
     Raises:
         ValueError: a module that takes the condition stands inside a plain ``torch.nn.Sequential``, where it cannot be reached; told when
