@@ -37,6 +37,7 @@ MAY_IMPORT |= {
     "surgery": _METHODS | {"catalogue", "equinorm"},
     "compare": _METHODS | {"catalogue", "surgery", "init", "equinorm"},
 }
+MAY_IMPORT |= {"trains": {"compare", "catalogue", "equinorm"}}
 MAY_IMPORT |= {"recipes": set(MAY_IMPORT) | {"equinorm"}, "cli": set(MAY_IMPORT) | {"recipes", "equinorm"}, "__main__": {"cli"}}
 
 # The parts that a model imports; they load torch and nothing else from outside.
