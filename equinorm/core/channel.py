@@ -60,7 +60,7 @@ def channel_norm(
         return y, seen and _without_gradient(seen)
     x = dense(x)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *tensors)):
-        affine, seen = _split(rule(_measure(kernels, x, per), *tensors))
+        affine, seen = split(rule(_measure(kernels, x, per), *tensors))
         return kernels.affine(x, *affine), seen
     box: list[Moments | None] = []
     return _Fused.apply(kernels, rule, per, box, x, *tensors), box[0]
@@ -89,7 +89,7 @@ def _plain(
     x: Tensor, rule: Rule, tensors: tuple[Tensor | None, ...], per: Per | None, mask: Tensor | None
 ) -> tuple[Tensor, Moments | None]:
     """The definition."""
-    affine, seen = _split(rule(None if per is None else defined(x, per, mask), *tensors))
+    affine, seen = split(rule(None if per is None else defined(x, per, mask), *tensors))
     center, scale, shift = (part.reshape(*part.shape, *[1] * (x.ndim - 2)) for part in affine)
     if mask is None:
         return reference.affine(x, center, scale, shift), seen
@@ -101,9 +101,10 @@ def _measure(kernels: Any, x: Tensor, per: Per | None) -> Moments | None:
     return None if per is None else fused(kernels, x, per)
 
 
-def _split(result: Affine | tuple[Affine, Moments]) -> tuple[Affine, Moments | None]:
+def split(result: Affine | tuple[Affine, Moments]) -> tuple[Affine, Moments | None]:
+    """What a rule returned, as the map, each part (N | 1, C | 1), and the moments to learn from."""
     affine, seen = (result, None) if isinstance(result, Affine) else result
-    return Affine(*(part if part.ndim == 2 else part.reshape(1, -1) for part in affine)), seen  # each (N | 1, C | 1)
+    return Affine(*(part if part.ndim == 2 else part.reshape(1, -1) for part in affine)), seen
 
 
 def _without_gradient(x: Moments) -> Moments:
@@ -123,8 +124,8 @@ class _Fused(torch.autograd.Function):
         if moments is not None and wanted[0]:
             moments.mean.requires_grad_()
             moments.var.requires_grad_()
-        with torch.enable_grad(), _unhooked(), Remembering() as ctx.exchanges:
-            affine, seen = _split(rule(moments, *leaves))
+        with torch.enable_grad(), unhooked(), Remembering() as ctx.exchanges:
+            affine, seen = split(rule(moments, *leaves))
         box.append(seen and _without_gradient(seen))
         ctx.save_for_backward(x, *tensors)
         ctx.kernels, ctx.rule, ctx.per = kernels, rule, per
@@ -188,7 +189,7 @@ def _differentiate(results: list[Tensor], sources: list[Tensor], grads: list[Ten
     return Variable._execution_engine.run_backward(tuple(results), tuple(grads), True, False, tuple(sources), True, False)
 
 
-def _unhooked() -> Any:
+def unhooked() -> Any:
     """Keep the small graph out of hooks on saved tensors: under activation checkpointing each of them would trigger a recomputation."""
     if top_saved_tensors_default_hooks(True) is None:
         return nullcontext()

@@ -59,13 +59,18 @@ def pick(x: Tensor, impl: Impl = "auto") -> ModuleType | None:
         return None
     if getattr(_ruled_out, "depth", 0):
         return None
-    if x.device.type != "cpu" or type(x) not in (torch.Tensor, torch.nn.Parameter):
-        return None
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+    if x.device.type != "cpu" or observed(x):
         return None
     if x.dtype not in cpu.DTYPES or not cpu.available():
         return None
     return cpu if x.numel() else empty
+
+
+def observed(x: Tensor) -> bool:
+    """Whether something looks at the operations on ``x`` instead of running them: a compiler, a transform, a tensor subclass."""
+    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def dense(x: Tensor) -> Tensor:

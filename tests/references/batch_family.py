@@ -128,3 +128,19 @@ def virtual_batch(x, p, *, mask=None, eps=1e-5, **_):
             z = (x[i, c] - m) / torch.sqrt(q - m**2 + eps)
             rows.append(z * per_channel(p, "weight", 1.0, c) + per_channel(p, "bias", 0.0, c))
     return padded_as_zero(torch.stack(rows).reshape(x.shape), mask), {}
+
+
+def in_place_batch(
+    x, p, *, training, mask=None, eps=1e-5, activation="leaky_relu", activation_param=0.01, weight_mode="abs", affine=True, **options
+):
+    weight = p.get("weight")
+    scale = None if weight is None else weight * torch.where(weight < 0, -1.0, 1.0) + eps if weight_mode == "abs" else weight
+    inner = {name: value for name, value in p.items() if name != "weight"} | ({} if scale is None else {"weight": scale})
+    z, updates = batch(x, inner, training=training, mask=mask, eps=eps, **options)
+    if activation == "leaky_relu":
+        y = torch.where(z >= 0, z, activation_param * z)
+    elif activation == "elu":
+        y = torch.where(z >= 0, z, activation_param * (torch.exp(torch.where(z >= 0, 0.0, z)) - 1))
+    else:
+        y = z
+    return padded_as_zero(y, everything(x) if mask is None else mask), updates
