@@ -56,25 +56,25 @@ class _Unavailable(Exception):
 
 def build() -> Build:
     """Compile the kernels unless the cache has them, and load them into this process."""
-    found = Build()
+    compiler = instructions = ""
     try:
         command = _compiler()
-        found = Build(compiler=shlex.join(command))
+        compiler = shlex.join(command)
         macros = _macros(command)
-        found = Build(
-            compiler=found.compiler, instructions=next((name for macro, name in _INSTRUCTION_SETS.items() if macro in macros), "")
-        )
-        folder = _private(_cache() / "equinorm")
-        library = folder / f"kernels-{_key(command, macros)}.so"
-        seconds = 0.0
-        if not _sound(library):
-            with _locked(folder / f"{library.stem}.lock"):
-                if not _sound(library):  # another process may have been first
-                    seconds = _compile(command, library)
-        torch.ops.load_library(str(library))
+        instructions = next((name for macro, name in _INSTRUCTION_SETS.items() if macro in macros), "")
+        library = _private(_cache() / "equinorm") / f"kernels-{_key(command, macros)}.so"
+        seconds = _compile_once(command, library)
+        try:
+            torch.ops.load_library(str(library))
+        except OSError:
+            if seconds > 0:
+                raise
+            library.unlink(missing_ok=True)  # damaged since it was compiled
+            seconds = _compile_once(command, library)
+            torch.ops.load_library(str(library))
     except (_Unavailable, OSError) as error:
-        return Build(reason=str(error) or type(error).__name__, compiler=found.compiler, instructions=found.instructions)
-    return Build(compiler=found.compiler, path=str(library), seconds=seconds, instructions=found.instructions)
+        return Build(reason=str(error) or type(error).__name__, compiler=compiler, instructions=instructions)
+    return Build(compiler=compiler, path=str(library), seconds=seconds, instructions=instructions)
 
 
 def _compiler() -> list[str]:
@@ -112,6 +112,7 @@ def _flags() -> list[str]:
         "-fPIC",
         "-shared",
         "-fvisibility=hidden",
+        "-Wno-psabi",  # vectors as arguments: all callers are in here
         f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}",
         f"-I{package / 'include'}",
         f"-L{package / 'lib'}",
@@ -183,6 +184,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _compile_once(command: list[str], library: Path) -> float:
+    """Compile unless the library is there, and return how many seconds that took."""
+    if _sound(library):
+        return 0.0
+    with _locked(library.with_suffix(".lock")):
+        return 0.0 if _sound(library) else _compile(command, library)  # another process may have been first
+
+
 def _compile(command: list[str], library: Path) -> float:
     sources = sorted(str(file) for file in SOURCES.glob("*.cpp"))
     print(f"equinorm: compiling its CPU kernels, once for this machine (some 10 s), into {library.parent}", file=sys.stderr, flush=True)
@@ -190,10 +199,9 @@ def _compile(command: list[str], library: Path) -> float:
     handle, unfinished = tempfile.mkstemp(suffix=".so", prefix=f"{library.stem}-", dir=library.parent)
     os.close(handle)
     try:
-        # The libraries come after the sources that use them.
-        _run([*command, *sources, *_flags(), "-o", unfinished])
+        _run([*command, *sources, *_flags(), "-o", unfinished])  # the libraries come after the sources that use them
         os.chmod(unfinished, 0o700)
-        os.replace(unfinished, library)
+        os.replace(unfinished, library)  # whole or not at all
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(unfinished)

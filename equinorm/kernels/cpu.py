@@ -53,7 +53,8 @@ def layout(x: Tensor) -> Literal["ncs", "nsc"] | None:
 def moments(x: Tensor, per: Per) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, each (N, C) or, over the batch, (1, C)."""
     n, c, s, channels_last = _shape(x)
-    mean, var = torch.empty((2, n if per == "sample" else 1, c), dtype=torch.float64).unbind()
+    rows = n if per == "sample" else 1
+    mean, var = torch.empty(rows, c, dtype=torch.float64), torch.empty(rows, c, dtype=torch.float64)
     torch.ops.equinorm.channel_moments.default(x, mean, var, n, c, s, channels_last)
     return mean, var
 
@@ -69,7 +70,8 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def reduce(dy: Tensor, x: Tensor, center: Tensor, per: Per) -> tuple[Tensor, Tensor]:
     """Sums of ``dy`` and of ``dy * (x - center)``, each (N, C) or, over the batch, (1, C). ``dy`` has the dtype and layout of x."""
     n, c, s, channels_last = _shape(x)
-    sum_dy, sum_dy_x = torch.empty((2, n if per == "sample" else 1, c), dtype=torch.float64).unbind()
+    rows = n if per == "sample" else 1
+    sum_dy, sum_dy_x = torch.empty(rows, c, dtype=torch.float64), torch.empty(rows, c, dtype=torch.float64)
     torch.ops.equinorm.channel_reduce.default(dy, x, _small(center, c), sum_dy, sum_dy_x, n, c, s, channels_last)
     return sum_dy, sum_dy_x
 
@@ -105,7 +107,7 @@ def row_forward(
         the output; mean and rstd, each (rows,).
     """
     y = torch.empty_like(x)
-    mean, rstd = torch.empty((2, rows), dtype=torch.float64).unbind()
+    mean, rstd = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.float64)
     weight, bias = _parameter(weight), _parameter(bias)
     torch.ops.equinorm.row_forward.default(x, weight, bias, y, mean, rstd, rows, groups, k, s, measured, eps, centered)
     return y, mean, rstd
@@ -147,9 +149,9 @@ def _shape(x: Tensor) -> tuple[int, int, int, bool]:
 
 def _small(t: Tensor, c: int) -> Tensor:
     """A small tensor (N | 1, C | 1) as the kernels take it: float64, contiguous, (N | 1, C)."""
-    if t.shape[1] != c:
-        t = t.expand(t.shape[0], c)
-    return t.to(torch.float64).contiguous()
+    if t.dtype is torch.float64 and t.shape[1] == c and t.is_contiguous():
+        return t  # the usual case, at a tenth of the price of what follows
+    return t.expand(t.shape[0], c).to(torch.float64).contiguous()
 
 
 def _parameter(t: Tensor | None) -> Tensor | None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from equinorm.kernels import cpu
+from equinorm.kernels import build, cpu
 from tests.helpers import assert_close, assert_grads_close
 from tests.references import kernels as reference
 from tests.tolerances import relative_error
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no CPU kernels: {cpu.info()['reason']}")
+pytestmark = pytest.mark.skipif(bool(build.result().reason), reason=f"no CPU kernels: {build.result().reason}")
 
 DTYPES = list(cpu.DTYPES)
 LAYOUTS = ["ncs", "nsc"]
