@@ -185,25 +185,34 @@ def test_the_key_names_all_that_the_library_depends_on(tmp_path: Path, monkeypat
 
 
 def test_the_lock_of_a_killed_process_does_not_bind(tmp_path: Path) -> None:
-    prepare = "import sys, time; from pathlib import Path; from equinorm.kernels import build; print('ready', input(), flush=True)\n"
-    take = (
-        prepare + f"with build._locked(Path({str(tmp_path / 'kernels.lock')!r})): print('mine', flush=True); time.sleep(float(sys.argv[1]))"
-    )
+    take = f"""
+import sys, time
+from pathlib import Path
+from equinorm.kernels import build
+Path(sys.argv[1] + " ready").touch()
+with build._locked(Path({str(tmp_path / "kernels.lock")!r})):
+    Path(sys.argv[1] + " mine").touch()
+    time.sleep(float(sys.argv[2]))
+"""
 
-    def process(seconds: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", take, seconds], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def process(name: str, seconds: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", take, str(tmp_path / name), str(seconds)])
 
-    with process("600") as holder, process("0") as waiter:
+    def wait_for(name: str) -> None:
+        end = time.monotonic() + 60
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < end, f"no {name} after a minute"
+            time.sleep(0.01)
+
+    with process("holder", 600) as holder:
         try:
-            for each, answer in ((holder, "mine\n"), (waiter, None)):
-                each.stdin.write("go\n")
-                each.stdin.flush()
-                assert each.stdout.readline() == "ready go\n"
-                assert answer is None or each.stdout.readline() == answer
-            time.sleep(0.5)
-            assert waiter.poll() is None
-            holder.kill()
-            assert waiter.communicate(timeout=60)[0] == "mine\n"
+            wait_for("holder mine")
+            with process("waiter", 0) as waiter:
+                wait_for("waiter ready")
+                time.sleep(0.5)
+                assert not (tmp_path / "waiter mine").exists()
+                holder.kill()
+                assert waiter.wait(60) == 0
+                assert (tmp_path / "waiter mine").exists()
         finally:
             holder.kill()
-            waiter.kill()
