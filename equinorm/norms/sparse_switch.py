@@ -183,7 +183,7 @@ class SparseSwitchNorm(RunningMoments, ChannelNorm):
 
     def mixture(self) -> dict[str, dict[str, float]]:
         """The shares of each candidate in the mean and in the variance."""
-        shares = (share.detach().tolist() for share in self._shares())
+        shares = self._shares().tolist()
         return {kind: dict(zip(self.using, share, strict=True)) for kind, share in zip(("mean", "var"), shares, strict=True)}
 
     def fix(self) -> None:
@@ -200,15 +200,12 @@ class SparseSwitchNorm(RunningMoments, ChannelNorm):
             )
         self.fixed = mean, var
 
-    def _shares(self) -> list[Tensor]:
-        """The shares of the candidates in mean and variance, each (K,)."""
-        shares = []
-        for logits, choice in ((self.mean_weight, self.mean_choice), (self.var_weight, self.var_choice)):
-            z = logits.to(small_dtype(logits))
-            share = sparsemax(z) if self.transform == "sparsemax" else sparsestmax(z, self.radius.clone(), center=self.center)
-            chosen = torch.arange(len(self.using), device=z.device) == choice
-            shares.append(torch.where(choice >= 0, chosen.to(z.dtype), share))
-        return shares
+    def _shares(self) -> Tensor:
+        """The shares of the candidates, (2, K): in the mean and in the variance."""
+        z = torch.stack((self.mean_weight, self.var_weight)).to(small_dtype(self.mean_weight))
+        shares = sparsemax(z) if self.transform == "sparsemax" else sparsestmax(z, self.radius.clone(), center=self.center)
+        choice = torch.stack((self.mean_choice, self.var_choice)).unsqueeze(1)  # (2, 1)
+        return torch.where(choice >= 0, (torch.arange(len(self.using), device=z.device) == choice).to(z.dtype), shares)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
         check_channels(self, x, self.num_features)
@@ -240,7 +237,9 @@ class SparseSwitchNorm(RunningMoments, ChannelNorm):
 
         shares = self._shares() if self.fixed is None else None
         per = "sample" if needed != {"batch"} else "batch" if measures_batch else None
-        y, seen = channel_norm(x, rule, *(shares or (None, None)), self.weight, self.bias, per=per, mask=mask, impl=impl)
+        y, seen = channel_norm(
+            x, rule, *((None, None) if shares is None else shares), self.weight, self.bias, per=per, mask=mask, impl=impl
+        )
         if self.learning and seen is not None:
             self.learn(seen, unbiased=False)
         if self.learning and shares is not None and not recomputing():
@@ -248,7 +247,7 @@ class SparseSwitchNorm(RunningMoments, ChannelNorm):
         return y
 
     @torch.no_grad()
-    def _settle(self, shares: list[Tensor]) -> None:
+    def _settle(self, shares: Tensor) -> None:
         """Keep for good what has a share of 1."""
         for share, choice in zip(shares, (self.mean_choice, self.var_choice), strict=True):
             choice.copy_(torch.where((choice < 0) & (share.max() >= 1 - TIE), share.argmax(), choice))
