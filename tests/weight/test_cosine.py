@@ -125,6 +125,15 @@ def test_a_large_mean_costs_no_digits_of_a_correlation():
     assert_close(layer(x + 1000)[inside], exact(shifted.double())[inside])
 
 
+def test_patches_far_from_the_images_mean_lose_only_what_the_dot_product_loses():
+    """Offsets of 500 standard deviations: float32 dot products are off by about 500 eps; summed squares would be off by 500^2 eps."""
+    layer = CosineConv2d(3, 4, 3, centered=True)
+    x = torch.randn(2, 3, 8, 8)
+    x[..., 4:] += 1000
+    y, exact = layer(x), copy.deepcopy(layer).double()(x.double())
+    assert (y - exact)[..., [0, 1, 4, 5]].abs().max() < 5e-4
+
+
 @both
 @every_layer
 def test_zeros_give_zeros_and_finite_gradients(name, centered):
