@@ -40,6 +40,14 @@ def snapshot(buffer: Tensor) -> Tensor:
     return buffer.to(small_dtype(buffer) if buffer.is_floating_point() else buffer.dtype, copy=True)
 
 
+def some(count: int | Tensor, like: Tensor) -> Tensor:
+    """Whether there are any values, as booleans of the shape of ``count``, on the device of ``like``.
+
+    A number is turned into a tensor there: copying one to a GPU waits for it, and is refused while a CUDA graph is captured.
+    """
+    return count > 0 if isinstance(count, Tensor) else torch.full((), count > 0, dtype=torch.bool, device=like.device)
+
+
 class RunningState(nn.Module):
     """Buffers that training moves: kept wide in a half-precision module, at rest when frozen, read as they were before a step.
 

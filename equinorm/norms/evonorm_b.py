@@ -11,7 +11,7 @@ from equinorm.core import Moments
 from equinorm.core.base import ChannelNorm, check_batch, check_channels, check_fraction
 from equinorm.core.channel import canonical_mask
 from equinorm.core.measure import measure
-from equinorm.core.running import RunningState, recomputing
+from equinorm.core.running import RunningState, recomputing, some
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl
 from equinorm.kernels.reference import small_dtype, wide
@@ -168,8 +168,8 @@ class EvoNormB(RunningState, ChannelNorm):
         assert self.running_var is not None
         if recomputing():
             return
-        some = torch.as_tensor(seen.count, device=seen.var.device) > 0
-        self.move("running_var", self.running_var + self.momentum * (seen.var - self.running_var), some.reshape(()))
+        value = self.running_var + self.momentum * (seen.var - self.running_var)
+        self.move("running_var", value, some(seen.count, value).reshape(()))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, variant={self.variant!r}, momentum={self.momentum}, apply_act={self.apply_act}"

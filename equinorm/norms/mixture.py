@@ -257,7 +257,11 @@ class MixtureNorm(RunningState, ChannelNorm):
         if self.learning:  # fewer values than components: all in the first
             first = torch.zeros_like(p[:1])
             first[:, 0] = 1
-            p = torch.where(torch.as_tensor(frame.count) < self.num_components, first, p)
+            few = frame.count < self.num_components
+            if isinstance(few, Tensor):
+                p = torch.where(few, first, p)
+            elif few:
+                p = first.expand(p.shape)
         return p.reshape(data.shape[0], *data.shape[2:], self.num_components).movedim(-1, 1)
 
     def _collapsed(self, running: Mixture) -> Tensor:
@@ -266,7 +270,8 @@ class MixtureNorm(RunningState, ChannelNorm):
     @torch.no_grad()
     def _learn(self, counts: Tensor, seen: Mixture, running: Mixture, initialized: Tensor) -> None:
         """Move the running mixture; the first batch, and the one after a component was lost, replace it."""
-        sound = torch.stack([part.isfinite().all() for part in seen]).all() & (counts.sum() >= self.num_components)
+        enough = counts.sum() > self.num_components - 0.5  # a sum of posteriors, rounded
+        sound = torch.stack([part.isfinite().all() for part in seen]).all() & enough
         step = torch.where(~initialized | self._collapsed(running), torch.ones_like(running.share[0]), self.momentum)
         members = sound & (counts > LEAST).unsqueeze(1)
         self.move("running_share", running.share + step * (seen.share - running.share), sound)

@@ -13,7 +13,7 @@ from equinorm.core.base import ChannelNorm, check_channels, check_count, check_f
 from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.controlled import controlled_norm
 from equinorm.core.measure import measure
-from equinorm.core.running import RunningState, recomputing
+from equinorm.core.running import RunningState, recomputing, some
 from equinorm.core.sync import gather
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl
@@ -156,10 +156,10 @@ class MovingAverageBatchNorm(RunningState, ChannelNorm):
             r = ((square + self.eps) / (running + self.eps)).sqrt().clamp(1 / self.clip, self.clip)
             r = torch.where(step <= max(RENORM_AFTER, self.warmup_iters), torch.ones_like(r), r)
             if not recomputing():
-                some = (torch.as_tensor(m.count, device=x.device) > 0).reshape(())
-                self.move("buffer_x2", buffer, some)
-                self.move("running_var", self.alpha * running + (1 - self.alpha) * square, some)
-                self.iters.add_(some)
+                counted = some(m.count, x).reshape(())
+                self.move("buffer_x2", buffer, counted)
+                self.move("running_var", self.alpha * running + (1 - self.alpha) * square, counted)
+                self.iters.add_(counted)
         scale = r * (square + self.eps).rsqrt()
         control = partial(self._control, step, r)
         return controlled_norm(x, torch.zeros_like(scale), scale, self.weight, self.bias, control, per="batch", mask=mask, impl=impl)
@@ -177,7 +177,7 @@ class MovingAverageBatchNorm(RunningState, ChannelNorm):
         pooled = gather(Moments(mean_gy, torch.zeros_like(mean_gy), count), self.process_group)
         buffer = torch.where(self._slot(step), pooled.mean, self.buffer_gz.to(r.dtype))
         q = torch.where(self._alone(step), pooled.mean, buffer.mean(0, keepdim=True))
-        self.move("buffer_gz", buffer, (torch.as_tensor(pooled.count, device=r.device) > 0).reshape(()))
+        self.move("buffer_gz", buffer, some(pooled.count, r).reshape(()))
         return -q / r.square(), torch.zeros_like(mean_g)
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from equinorm.core.base import ChannelNorm, check_channels, check_eps, check_fra
 from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.controlled import controlled_norm
 from equinorm.core.measure import measure
-from equinorm.core.running import RunningState, recomputing
+from equinorm.core.running import RunningState, recomputing, some
 from equinorm.core.sync import gather
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl
@@ -175,7 +175,7 @@ class OnlineNorm(RunningState, ChannelNorm):
             mean, var = self.before_step("running_mean", "running_var")
             m = measure(x.detach(), mask=mask, impl=impl)  # (N, C)
             # A sample that is not finite, or holds no data, is no step: a = 1, b = 0.
-            step = m.mean.isfinite() & m.var.isfinite() & (torch.as_tensor(m.count, device=x.device) > 0)
+            step = m.mean.isfinite() & m.var.isfinite() & some(m.count, x)
             keep = torch.where(step, torch.full_like(m.mean, f), 1.0)
             means, mean = recurrence(keep, torch.where(step, (1 - f) * m.mean, 0.0), mean)
             apart = m.mean - means

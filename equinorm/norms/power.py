@@ -13,7 +13,7 @@ from equinorm.core.base import ChannelNorm, check_count, check_floating, check_f
 from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.controlled import controlled_norm
 from equinorm.core.measure import measure
-from equinorm.core.running import RunningState, recomputing
+from equinorm.core.running import RunningState, recomputing, some
 from equinorm.core.sync import gather
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl
@@ -212,10 +212,10 @@ class PowerNorm(RunningState, ChannelNorm):
     def _learn(self, seen: Moments, phi: Tensor, iters: Tensor) -> None:
         if recomputing():
             return
-        some = (torch.as_tensor(seen.count, device=phi.device) > 0).reshape(())
+        counted = some(seen.count, phi).reshape(())
         step = torch.where(iters < self.warmup_iters, 1 / (iters + 1).to(phi.dtype), 1 - self.alpha_fwd)
-        self.move("running_phi", phi + step * (seen.var - phi), some)
-        self.iters.add_(some)
+        self.move("running_phi", phi + step * (seen.var - phi), counted)
+        self.iters.add_(counted)
 
     @torch.no_grad()
     def _control(self, mean_square: Tensor, mean_g: Tensor, mean_gy: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
