@@ -132,7 +132,7 @@ def prose(method: Method) -> dict[str, str]:
     pattern = re.compile(rf"^({'|'.join(SECTIONS)}):[ \t]*", re.MULTILINE)
     heads = list(pattern.finditer(text))
     sections = {"Summary": text[: heads[0].start()].strip() if heads else text}
-    for head, after in zip(heads, [*heads[1:], None], strict=True):
+    for head, after in zip(heads, [*heads, None][1:], strict=True):
         body = text[head.end() : after.start() if after else len(text)]
         first, _, rest = body.partition("\n")
         sections[head[1]] = inspect.cleandoc(first + "\n" + rest).strip()

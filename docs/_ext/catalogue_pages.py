@@ -5,13 +5,19 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+from sphinx.errors import ExtensionError
+
+import equinorm
 from equinorm import catalogue
 from equinorm.catalogue_show import pooled, signature
 from equinorm.facts import FAMILIES, INVARIANCES
@@ -28,8 +34,17 @@ convolution. *Sync*: statistics can be pooled across processes. *Traffic*: the l
 forward."""
 
 
+REQUIRED = ("Formula", "Use it when", "Not when", "Known trouble", "Args", "Source")
+
+
 def write(folder: Path) -> None:
-    """Write all pages into ``folder``, from scratch."""
+    """Write all pages into ``folder``, from scratch.
+
+    Raises:
+        ExtensionError: methods whose docstrings lack a section, all of them named.
+    """
+    if wrong := [complaint for method in catalogue.methods().values() if (complaint := lacking(method))]:
+        raise ExtensionError("the catalogue cannot be written: " + "; ".join(wrong))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, method in catalogue.methods().items():
@@ -37,6 +52,14 @@ def write(folder: Path) -> None:
         if method.facts.pools:
             (folder / f"{name}.svg").write_text(figure(method.facts.pools))
     (folder / "index.md").write_text(index())
+
+
+def lacking(method: catalogue.Method) -> str:
+    """Which sections a method's docstring should have and has not, as a sentence; empty if none."""
+    text = catalogue.prose(method)
+    missing = [name for name in REQUIRED if not text.get(name) and not (name == "Args" and not inspect.signature(method).parameters)]
+    missing = (["a first sentence"] if not text["Summary"] else []) + [f'"{name}:"' for name in missing]
+    return f"the docstring of {method.__module__}.{method.__name__} lacks {', '.join(missing)}" if missing else ""
 
 
 def index() -> str:
@@ -93,7 +116,7 @@ def page(method: catalogue.Method) -> str:
     }
     lines += [f"| {name} | {value} |" for name, value in properties.items()]
     lines += ["", "## Parameters", ""]
-    lines += [f"- {markdown(entry)}" for entry in entries(text["Args"])]
+    lines += [f"- {markdown(entry)}" for entry in entries(text.get("Args", "none"))]
     for section in ("Shape", "Returns", "Raises"):
         if section in text:
             lines += ["", f"**{section}**", "", *(f"- {markdown(entry)}" for entry in entries(text[section]))]
@@ -104,17 +127,48 @@ def page(method: catalogue.Method) -> str:
 
 
 def rule(method: catalogue.Method) -> str:
-    """The source of the public functions that stand beside the class in its file: its rule. For functions, of what they register."""
+    """The source that computes the method: the rule beside the class in its file, or where there is none of the mechanism's, its forward.
+
+    Of functions that register a parametrization it is what they register. Left out are checks of arguments and what users import.
+    """
     module = sys.modules[method.__module__]
-    members = [
-        m for m in vars(module).values() if inspect.isfunction(m) and m.__module__ == module.__name__ and not m.__name__.startswith("_")
+    exported = set(map(id, vars(equinorm).values()))
+    parts = [
+        m
+        for m in vars(module).values()
+        if inspect.isfunction(m) and m.__module__ == module.__name__ and id(m) not in exported and not m.__name__.startswith(("_", "check"))
     ]
-    rules = [m for m in members if m is not method and not hasattr(m, "facts")]
-    if rules:
-        return "\n\n".join(inspect.getsource(m).rstrip() for m in rules)
-    registered = [m for m in vars(module).values() if inspect.isclass(m) and m.__module__ == module.__name__ and m.__name__.startswith("_")]
-    owners = [m for m in (*registered, method) if inspect.isclass(m) and "forward" in vars(m)]
-    return textwrap.dedent(inspect.getsource(owners[0].forward)).rstrip() if owners else ""
+    if not any("Affine" in str(m.__annotations__.get("return")) for m in parts):  # no rule of (N, C) tensors: then all that runs
+        parts += forward_of(method) if inspect.isclass(method) else registered(module) or [method]
+    return "\n\n\n".join(map(code, parts))
+
+
+def forward_of(method: type) -> list[Callable[..., object]]:
+    """What a class's forward runs: where it is inherited, with what the class fills in."""
+    owner = next(c for c in method.__mro__ if "forward" in vars(c))
+    if owner is method:
+        return [vars(method)["forward"]]
+    usual = ("for_channels", "reset_parameters", "extra_repr")
+    filled = [m for name, m in vars(method).items() if inspect.isfunction(m) and not name.startswith("_") and name not in usual]
+    return [*filled, vars(owner)["forward"]]
+
+
+def registered(module: ModuleType) -> list[Callable[..., object]]:
+    """The forward of the parametrizations in a file."""
+    return [vars(c)["forward"] for c in vars(module).values() if inspect.isclass(c) and {"forward", "right_inverse"} <= vars(c).keys()]
+
+
+def code(function: Callable[..., object]) -> str:
+    """The source of a function without its decorators and its docstring."""
+    lines = textwrap.dedent(inspect.getsource(function)).splitlines()
+    node = ast.parse("\n".join(lines)).body[0]
+    assert isinstance(node, ast.FunctionDef)
+    documented = ast.get_docstring(node) is not None
+    head = lines[node.lineno - 1 : (node.body[0].lineno - 1)]
+    body = lines[node.body[0].end_lineno :] if documented else lines[node.body[0].lineno - 1 :]
+    while body and not body[0].strip():
+        body.pop(0)
+    return "\n".join([*head, *body]).rstrip()
 
 
 def entries(text: str) -> list[str]:
