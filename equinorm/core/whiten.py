@@ -74,9 +74,9 @@ class Grouped(NamedTuple):
         """Mean and covariance of x."""
         small = reference.small_dtype(self.data)
         count = self.data.shape[2] if self.kept is None else self.kept.sum()
-        divisor = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
-        rest = self.data.sum(2).to(small) / divisor  # (G, d)
-        cov = _Products.apply(self.data, small) / divisor - rest.unsqueeze(2) * rest.unsqueeze(1)
+        size = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
+        rest = self.data.sum(2).to(small) / size  # (G, d)
+        cov = _Products.apply(self.data, small) / size - rest.unsqueeze(2) * rest.unsqueeze(1)
         return Covariance(self.origin.to(small) + rest, (cov + cov.mT) / 2, count)
 
     def project(self, center: Tensor, matrix: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
