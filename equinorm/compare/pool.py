@@ -46,6 +46,12 @@ class Pool:
         else:
             self._context = multiprocessing.get_context("spawn")
 
+    def prepare(self) -> None:
+        """Wait until processes start quickly: a cell claimed before would give no sign of life for as long as the imports take."""
+        process = self._context.Process(target=_nothing)
+        process.start()
+        process.join()
+
     @property
     def full(self) -> bool:
         """Whether all processes are busy."""
@@ -80,6 +86,10 @@ class Pool:
             worker.pipe.close()
         self._workers.clear()
         return claims
+
+
+def _nothing() -> None:
+    """What a process does that is started to see the server ready."""
 
 
 def _outcome(worker: Worker) -> Outcome | BadTask:

@@ -79,8 +79,9 @@ def compare(
         try:
             queue.recover(cells)
             queue.enqueue(cells, retry_failed)
+            pool = Pool(workers, job, [task.module.__name__])
             with progress or Lines(workers) as display:
-                _measure(queue, cells, Pool(workers, job, [task.module.__name__]), plan.metric, display)
+                _measure(queue, cells, pool, plan.metric, display)
         except STORAGE_ERRORS as error:
             kept = "finished cells are kept, and the same command goes on from there"
             raise InputError(f"storage {shown(storage)} failed: {first_line(error)}; {kept}") from error
@@ -95,6 +96,8 @@ def _measure(queue: Study, cells: Sequence[Cell], pool: Pool, metric: str, progr
     by_key = {cell.key: cell for cell in cells}
     left = queue.unfinished(by_key.keys())
     progress.begin(cells, [by_key[key] for key in left])
+    if left:
+        pool.prepare()
     beaten = recovered = time.monotonic()
     try:
         while left:

@@ -4,7 +4,8 @@ A cell is a trial that carries the cell in its user attributes. Its life: WAITIN
 then COMPLETE with a result, or FAIL with the attribute ``failure`` (a reason that stands) or without it (its command was killed: it is
 queued again).
 
-Two commands that start together may queue the same cell twice. The trial with the lower number is the cell's; the other is never claimed.
+Two commands that start together may queue the same cell twice. The trial with the lower number is the cell's; the other is never claimed,
+and discarded when it is seen.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from equinorm.compare.plan import fingerprint
 
 LOCK_TIMEOUT_S = 60
 OPENING_TRIES = 20
+ANOTHER_OPENS_TOO = ("already exists", "duplicate", "locked", "unique")  # in the messages of the three databases
 HISTORY = "history "
 
 
@@ -81,6 +83,8 @@ class Study:
         missing = [cell for cell in cells if cell.key not in settled]
         for cell in missing:
             self._study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"cell": asdict(cell)}))
+        if missing:
+            self._discard_surplus()
         return len(missing)
 
     def claim(self, keys: Collection[str]) -> Claim | None:
@@ -164,6 +168,13 @@ class Study:
     def _trials(self) -> Iterator[FrozenTrial]:
         return (trial for trial in self._study.get_trials(deepcopy=False) if "cell" in trial.user_attrs)
 
+    def _discard_surplus(self) -> None:
+        seen: set[str] = set()
+        for trial in filter(_alive, self._trials()):
+            if trial.state is TrialState.WAITING and _key(trial) in seen:
+                self._set_state(self._trial_id(trial), TrialState.FAIL)
+            seen.add(_key(trial))
+
     def _trial_id(self, trial: FrozenTrial) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
 
@@ -242,7 +253,7 @@ def _open(url: str, heartbeat_interval: int, stale_after: int) -> optuna.storage
             raise InputError(f"storage {shown(url)}: its database driver is not installed ({error.__cause__ or error})") from error
         except (*STORAGE_ERRORS, RuntimeError) as error:
             # Two commands that make the tables of a new database at the same moment get in each other's way; the next try finds them made.
-            if attempt == OPENING_TRIES or not any(sign in str(error) for sign in ("already exists", "locked", "UNIQUE")):
+            if attempt == OPENING_TRIES or not any(sign in str(error).lower() for sign in ANOTHER_OPENS_TOO):
                 raise InputError(f"storage {shown(url)} cannot be opened: {first_line(error)}") from error
             time.sleep(0.1)
 

@@ -98,6 +98,8 @@ def test_a_cell_queued_twice_is_measured_once(url):
         queue.finish(claim, MEASURED, "accuracy")
     assert queue.claim(KEYS) is None
     assert queue.unfinished({cell.key for cell in CELLS[:2]}) == set()
+    queue.enqueue(CELLS[:3])  # whoever queues next tidies up
+    assert states(url) == [TrialState.COMPLETE] * 2 + [TrialState.FAIL] * 2 + [TrialState.WAITING]
 
 
 def test_cells_of_the_dead_come_back_and_those_of_the_living_do_not(url):
