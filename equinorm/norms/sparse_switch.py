@@ -250,7 +250,7 @@ class SparseSwitchNorm(RunningMoments, ChannelNorm):
     def _settle(self, shares: Tensor) -> None:
         """Keep for good what has a share of 1."""
         for share, choice in zip(shares, (self.mean_choice, self.var_choice), strict=True):
-            choice.copy_(torch.where((choice < 0) & (share.max() >= 1 - TIE), share.argmax(), choice))
+            choice.copy_(torch.where(share.max() >= 1 - TIE, share.argmax(), choice))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for kind in ("mean", "var"):  # as the authors' code stores a choice: a flag, and logits that are its one-hot vector
