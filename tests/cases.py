@@ -15,12 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import equinorm
-from tests.references import batch_family, evonorm, mixture, moving, online
-from tests.references import conditional, learned, recurrent
-from tests.references import mode
-from tests.references import local
+from tests.references import batch_family, conditional, evonorm, learned, local, mixture, mode, moving, online, recurrent, whitening
 from tests.references import norms as reference
-from tests.references import whitening
 from tests.references import residual as residual_reference
 from tests.references import weight as weight_reference
 
@@ -36,9 +32,9 @@ class Case:
         args: positional arguments of the constructor.
         seen_as: a subclass of the same name that is tested in its place, because the shared tests cannot call the class itself.
         reference: ``reference(x, p, *extra, training, mask, **options) -> (y, updates)``: the method retyped naively from its paper, in
-            differentiable float64 PyTorch, loops welcome, importing nothing of ours. ``p`` maps the names of parameters and buffers to their
-            values; ``options`` are the constructor's keyword arguments; ``updates`` are the new values of buffers that a training step moves.
-            ``mask`` is None or boolean (N, *S) (channel geometry), or broadcastable to x (row geometry).
+            differentiable float64 PyTorch, loops welcome, importing nothing of ours. ``p`` maps the names of parameters and buffers to
+            their values; ``options`` are the constructor's keyword arguments; ``updates`` are the new values of buffers that a training
+            step moves. ``mask`` is None or boolean (N, *S) (channel geometry), or broadcastable to x (row geometry).
         options: keyword arguments of the constructor, one dict per variant; the first is the plain one.
         geometry: "channel" for inputs (N, C, *S), "row" for inputs (..., D).
         shape: the shape of the input; small, every size different.

@@ -73,7 +73,13 @@ def test_spellings_of_a_name(spelling):
 
 @pytest.mark.parametrize(
     ("pools", "first_row", "second_row"),
-    [("NS", "███  ···", "███  ···"), ("S", "███  ···", "···  ···"), ("CS", "███  ███", "···  ···"), ("C", "█··  █··", "···  ···"), ("K", "██·  ···", "···  ···")],
+    [
+        ("NS", "███  ···", "███  ···"),
+        ("S", "███  ···", "···  ···"),
+        ("CS", "███  ███", "···  ···"),
+        ("C", "█··  █··", "···  ···"),
+        ("K", "██·  ···", "···  ···"),
+    ],
 )
 def test_pictures(pools, first_row, second_row):
     rows = picture(pools).splitlines()
