@@ -15,6 +15,7 @@ POOLED = {
     "N": "all samples",
     "C": "all channels",
     "G": "the channels of a group",
+    "L": "a window of channels",
     "S": "all positions",
     "K": "a window of positions",
     "D": "the normalized last dimensions",
@@ -107,7 +108,7 @@ def _map(letters: str) -> str:
         cells = []
         for channel in range(6):
             in_batch = sample == 0 or "N" in letters
-            in_channels = channel == 0 or "C" in letters or ("G" in letters and channel < 3)
+            in_channels = 1 <= channel <= 3 if "L" in letters else channel == 0 or "C" in letters or ("G" in letters and channel < 3)
             cells.append(inside if in_batch and in_channels else none)
         rows.append(f"sample {sample + 1}  " + "  ".join(cells))
     head = " " * 10 + "  ".join(f"ch{channel + 1}" for channel in range(6))

@@ -70,8 +70,8 @@ class Facts:
         paper: the publication.
         family: one of :data:`FAMILIES`.
         pools: what one statistic averages over, as letters out of N (samples), C (all channels), G (channels of a group),
-            S (positions), K (a window of positions), D (the normalized last dimensions), W (the weights of one output unit);
-            several statistics are joined by "+" ("NS+GS"); empty when nothing is measured.
+            L (a window of channels), S (positions), K (a window of positions), D (the normalized last dimensions), W (the weights of
+            one output unit); several statistics are joined by "+" ("NS+GS"); empty when nothing is measured.
         train_differs: whether training and evaluation compute different things.
         synchronizes: what crosses processes when a process group is given; empty when nothing can.
         folds: whether inference is a fixed affine map per channel, which a neighbouring linear layer can absorb.
@@ -97,8 +97,8 @@ class Facts:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"Facts: family must be one of {sorted(FAMILIES)}, got {self.family!r}")
-        if unknown := set(self.pools) - set("NCGSKDW+"):
-            raise ValueError(f"Facts: pools may use the letters N C G S K D W, got {sorted(unknown)}")
+        if unknown := set(self.pools) - set("NCGLSKDW+"):
+            raise ValueError(f"Facts: pools may use the letters N C G L S K D W, got {sorted(unknown)}")
         if unknown := set(self.invariances) - set(INVARIANCES):
             raise ValueError(f"Facts: unknown invariances {sorted(unknown)}; known are {sorted(INVARIANCES)}")
 

@@ -78,7 +78,7 @@ def test_spellings_of_a_name(spelling):
         ("S", "███  ···", "···  ···"),
         ("CS", "███  ███", "···  ···"),
         ("C", "█··  █··", "···  ···"),
-        ("K", "██·  ···", "···  ···"),
+        ("K", "██·  ···", "···  ···"), ("L", "···  █··", "···  ···"),
     ],
 )
 def test_pictures(pools, first_row, second_row):

@@ -11,7 +11,7 @@ from equinorm import catalogue
 from equinorm.facts import FAMILIES
 
 pytest.importorskip("sphinx")
-from sphinx.errors import ExtensionError  # noqa: E402
+from sphinx.errors import ExtensionError
 
 EXTENSION = Path(__file__).parent.parent / "docs" / "_ext" / "catalogue_pages.py"
 
@@ -48,6 +48,17 @@ def test_every_page_quotes_what_is_computed(name, pages):
 )
 def test_the_quoted_rule_is_the_method(name, line, pages):
     assert line in pages.rule(catalogue.methods()[name])
+
+
+def test_text_is_put_together_as_it_was_meant(pages):
+    full = "x" * 120
+    assert pages.unwrapped(f"y = x\nwhere {full}\nends.\n\n  set in") == f"y = x\nwhere {full} ends.\n\n  set in"
+    assert pages.entries("x: (N, C), or\n(C).\ny: same\n    shape.\nz: none\nw: some") == [
+        "x: (N, C), or (C).",
+        "y: same shape.",
+        "z: none",
+        "w: some",
+    ]
 
 
 def test_a_page_for_every_method_and_a_line_in_the_comparison(pages, tmp_path):

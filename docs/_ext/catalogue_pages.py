@@ -27,13 +27,15 @@ INTRODUCTION = """# The catalogue
 {count} methods, by what they act on. Everything on these pages comes from the methods themselves: their facts, which the tests check, and
 their docstrings. `equinorm list` and `equinorm show` print the same in a terminal.
 
-*Pools over* says what one statistic averages over: N samples, C channels, G the channels of a group, S positions, K a window of
-positions, D the last dimensions, W the weights of an output unit. *Alone*: a sample's output does not depend on the rest of the batch.
+*Pools over* says what one statistic averages over: N samples, C channels, G the channels of a group, L a window of channels, S positions,
+K a window of positions, D the last dimensions, W the weights of an output unit. *Alone*: a sample's output does not depend on the rest of
+the batch.
 *Gap*: training and evaluation compute different things. *Folds*: evaluation is one affine map per channel, at no cost behind a
 convolution. *Sync*: statistics can be pooled across processes. *Traffic*: the least reads (R) and writes (W) of the input in a training
 forward."""
 
 
+FULL_LINE = 122  # characters of a docstring's formula behind which an author breaks the line for want of room
 REQUIRED = ("Formula", "Use it when", "Not when", "Known trouble", "Args", "Source")
 
 
@@ -95,7 +97,7 @@ def page(method: catalogue.Method) -> str:
         alt = f"One statistic averages over {pooled(facts.pools)}."
         width = 250 * min(facts.pools.count("+") + 1, 3) + 90
         lines += [f"```{{figure}} {facts.name}.svg", f":alt: {alt}", f":width: {width}px", "", alt, "```", ""]
-    lines += ["## Formula", "", "```text", text["Formula"], "```", ""]
+    lines += ["## Formula", "", "```text", unwrapped(text["Formula"]), "```", ""]
     if source := rule(method):
         lines += ["The rule as it runs:", "", "```python", source, "```", ""]
     lines += ["## When", ""]
@@ -138,7 +140,8 @@ def rule(method: catalogue.Method) -> str:
         for m in vars(module).values()
         if inspect.isfunction(m) and m.__module__ == module.__name__ and id(m) not in exported and not m.__name__.startswith(("_", "check"))
     ]
-    if not any("Affine" in str(m.__annotations__.get("return")) for m in parts):  # no rule of (N, C) tensors: then all that runs
+    complete = any("Affine" in str(m.__annotations__.get("return")) or module.__name__.endswith(f".{m.__name__}") for m in parts)
+    if not complete:  # parts of a method, without what puts them together
         parts += forward_of(method) if inspect.isclass(method) else registered(module) or [method]
     return "\n\n\n".join(map(code, parts))
 
@@ -171,13 +174,26 @@ def code(function: Callable[..., object]) -> str:
     return "\n".join([*head, *body]).rstrip()
 
 
-def entries(text: str) -> list[str]:
-    """The entries of a docstring section, each with its continuation lines."""
-    found: list[str] = []
+def unwrapped(text: str) -> str:
+    """A formula with its paragraphs on one line each: a line goes on where the next word would not have fitted into the source."""
+    lines: list[str] = []
+    length = 0  # of the last line in the source
     for line in text.splitlines():
-        if line.startswith(" ") and found:
+        if lines and line[:1].strip() and length + len(line.split()[0]) >= FULL_LINE:
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+        length = len(line)
+    return "\n".join(lines).replace("``", "`")
+
+
+def entries(text: str) -> list[str]:
+    """The entries of a docstring section, each with its continuation lines: those set in, and those of an unfinished sentence."""
+    found: list[str] = []
+    for line in filter(str.strip, text.splitlines()):
+        if found and (line.startswith(" ") or not (found[-1].endswith(".") or re.match(r"[\w*, ]+: ", line))):
             found[-1] += " " + line.strip()
-        elif line.strip():
+        else:
             found.append(line.strip())
     return found
 
@@ -218,7 +234,7 @@ def block(pools: str) -> Drawing:
     """A block (N, C, S)."""
 
     def inside(n: int, c: int, s: int) -> bool:
-        in_channels = c == 0 or "C" in pools or ("G" in pools and c < GROUP)
+        in_channels = 1 <= c <= GROUP if "L" in pools else c == 0 or "C" in pools or ("G" in pools and c < GROUP)
         in_positions = s == 0 or "S" in pools or ("K" in pools and s < WINDOW)
         return (n == 0 or "N" in pools) and in_channels and in_positions
 

@@ -77,7 +77,7 @@ class LocalResponseNorm(torch.nn.LocalResponseNorm):
             equation="section 3.3",
         ),
         family="local",
-        pools="C",
+        pools="L",
         invariances=frozenset({"per-sample"}),
         one_position="works; within channels the window holds one value",
     )
