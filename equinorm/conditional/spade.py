@@ -86,7 +86,7 @@ class SPADE(RunningMoments, ChannelNorm):
         invariances=frozenset({"shift", "scale", "per-channel"}),
         batch_of_one="normalizes over the positions of the one sample; refused when there is one position",
         one_position="normalizes over the samples",
-        reads_writes="3R+2W",
+        reads_writes="4R+1W",
     )
     takes_condition: ClassVar[bool] = True
 

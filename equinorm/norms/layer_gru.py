@@ -21,7 +21,6 @@ FACTS = Facts(
     pools="D",
     invariances=frozenset({"scale", "per-sample"}),
     one_position="works: a sequence of one step",
-    reads_writes="",
 )
 
 
@@ -153,8 +152,8 @@ class LayerNormGRU(RecurrentNorm):
         >>> torch.equal(y[:, -1], h[0])
         True
 
-    Source: Ba, Kiros and Hinton 2016, supplementary material, and the authors' code, which gives r its place behind the norm. Gates are in
-    torch's order, W starts as torch's (the authors': Gaussian, and orthogonal for W_hh).
+    Source: Ba, Kiros and Hinton 2016, supplementary material. As in the authors' code, r multiplies behind the norm and z keeps the old
+    state. Gates are in torch's order, W starts as torch's (the authors': Gaussian, and orthogonal for W_hh).
     """
 
     facts: ClassVar[Facts] = FACTS

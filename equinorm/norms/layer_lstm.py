@@ -21,7 +21,6 @@ FACTS = Facts(
     pools="D",
     invariances=frozenset({"scale", "per-sample"}),
     one_position="works: a sequence of one step",
-    reads_writes="",
 )
 
 
