@@ -66,7 +66,8 @@ class BadTask:
 
 def main(job: Job, cell: Cell, pipe: connection.Connection) -> None:
     """Measure a cell and send its outcome through ``pipe``."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the command decides what it means
+    for sent in (signal.SIGINT, signal.SIGTERM):  # they reach every process of a terminal or a job; the command decides what they mean
+        signal.signal(sent, signal.SIG_IGN)
     _print_to(job.log)
     warnings.filterwarnings("ignore", "equinorm runs without its CPU kernels")  # the command has said so, once
     threading.Thread(target=_end_with_parent, daemon=True).start()

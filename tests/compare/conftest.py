@@ -32,7 +32,7 @@ def tiny(tmp_path, monkeypatch, capfd):
 
     def start(*arguments):
         command = [sys.executable, "-m", "equinorm", "compare", *map(str, arguments)]
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def finish(process, code=0):
         out, err = process.communicate(timeout=120)
