@@ -78,7 +78,7 @@ def create(name: str, channels: int, **options: Any) -> nn.Module:
     Example:
         >>> import equinorm
         >>> equinorm.create("group", 24)
-        GroupNorm(24, 24, eps=1e-05, affine=True)
+        GroupNorm(24, 24, eps=1e-05, affine=True...)
     """
     method = resolve(name)
     build = getattr(method, "for_channels", None)

@@ -16,7 +16,7 @@ from tests.cases import CASES
 TESTS = Path(__file__).parent
 SOURCES = {path: path.read_text() for path in TESTS.rglob("test_*.py")}
 METHODS = catalogue.methods()
-LAYERS = ("weight", "residual", "bounded")  # families whose members are not norms over activations: tests of their own kind
+LAYERS = ("weight", "residual", "bounded", "gan")  # families whose members are not norms over activations: tests of their own kind
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.facts.family not in LAYERS])

@@ -220,7 +220,8 @@ class Attention(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         q, k, v = (self.project(images.squeeze(1)) + self.place).chunk(3, -1)  # each (N, 8, F)
-        return F.scaled_dot_product_attention(*self.norm(q, k), v)
+        q, k = self.norm(q, k)
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class WithReference(Learner):
