@@ -216,6 +216,25 @@ def test_channel_kernels_are_exact_on_extreme_values(case: str, layout: str) -> 
     assert relative_error(dx, want_dx, over=(0, 2, 3)).max() <= GRADIENT[dtype]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("where", ["ends", "quarters", "ramp"])
+def test_moments_are_exact_whatever_the_first_guess_of_the_mean(where: str, layout: str) -> None:
+    x = torch.randn(2, 5, 1200)
+    if where == "ramp":
+        x += torch.linspace(-1e4, 1e4, 1200)
+    else:
+        x[..., [0, 1, 2, 3, 1196, 1197, 1198, 1199] if where == "ends" else [0, 150, 300, 450, 600, 899, 900, 1199]] = 1e5
+    x = lay(x, layout)
+    assert_moments_close(cpu.moments(x, "sample"), reference.moments(x, "sample"), torch.float32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_shift_that_cancels_the_product_costs_no_digits(layout: str) -> None:
+    x = data((2, 5, 40, 30), torch.float32, layout, mean=1e4, std=1.0)
+    center, scale, shift = torch.zeros(1, 5), small(1, 5), torch.full((1, 5), -1e4, dtype=torch.float64)
+    assert_close(cpu.affine(x, center, scale, shift * scale), reference.affine(x, center, scale, shift * scale))
+
+
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("sizes", [(6, 1, 300, 1, 300), (6, 2, 3, 100, 300), (6, 1, 300, 1, 77)], ids=str)
 @pytest.mark.parametrize("case", TORTURE)
