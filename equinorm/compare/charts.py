@@ -34,6 +34,7 @@ MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"),
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
 
 WIDE, NARROW, PANEL = (10.8, 5.2), (4.9, 4.4), (4.9, 3.5)  # inches of 72 units each; a unit is about a pixel on the page
+CROWDED = 4  # a close-up is worth showing where it enlarges this much
 DODGE = 0.25  # of the distance between two batch sizes that differ by a factor of two
 
 
@@ -73,8 +74,8 @@ def styles(norms: Sequence[str]) -> list[Style]:
     return found
 
 
-def by_batch_size(comparison: Comparison, name: str, *, narrow: bool = False) -> Markup:
-    """The metric against the batch size, a line per norm, with intervals."""
+def by_batch_size(comparison: Comparison, name: str, limits: tuple[float, float] | None = None, *, narrow: bool = False) -> Markup:
+    """The metric against the batch size, a line per norm, with intervals; of the whole range or within ``limits``."""
 
     def value(row: Row) -> tuple[float, ...] | None:
         return (row.interval.median, row.interval.low, row.interval.high) if row.interval else None
@@ -82,7 +83,21 @@ def by_batch_size(comparison: Comparison, name: str, *, narrow: bool = False) ->
     with _drawing(name, NARROW if narrow else WIDE) as (figure, axes):
         _lines(axes, name, comparison, value)
         axes.set_ylabel(label(comparison.metric_key))
+        axes.set_ylim(limits)
     return _svg(figure, name, f"{label(comparison.metric_key)} against batch size, one line per norm")
+
+
+def close_up(comparison: Comparison) -> tuple[float, float] | None:
+    """Limits that show the better half of the results; None where the whole range shows them well enough."""
+    intervals = [row.interval for row in comparison.rows if row.interval]
+    if not intervals:
+        return None
+    intervals.sort(key=lambda interval: interval.median, reverse=comparison.higher_is_better)
+    better = intervals[: (len(intervals) + 1) // 2]
+    low, high = min(interval.low for interval in better), max(interval.high for interval in better)
+    whole = max(interval.high for interval in intervals) - min(interval.low for interval in intervals)
+    margin = 0.08 * (high - low)
+    return (low - margin, high + margin) if 0 < CROWDED * (high - low) < whole else None
 
 
 def learning_curves(comparison: Comparison, name: str, batch_size: int) -> Markup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
 
 from equinorm.compare import charts
 from equinorm.compare.cells import Cell
@@ -36,7 +38,7 @@ def write_report(comparisons: Sequence[Comparison], path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(label=label, number=number)
+    environment.filters.update(label=label, breakable=_breakable)
     template = environment.get_template("report.html.j2")
     sections = [_section(comparison, f"c{index}") for index, comparison in enumerate(comparisons)]
     html = template.render(sections=sections, written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), versions=versions("compare"))
@@ -61,8 +63,8 @@ def _section(comparison: Comparison, name: str) -> dict[str, Any]:
         "progress": progress(comparison),
         "findings": findings(comparison),
         "intervals": interval_statement(comparison),
-        "main": charts.by_batch_size(comparison, f"{name}-main"),
-        "main_narrow": charts.by_batch_size(comparison, f"{name}-narrow", narrow=True),
+        "main": _figure(comparison, f"{name}-main"),
+        "close_up": _figure(comparison, f"{name}-close", limits) if (limits := charts.close_up(comparison)) else None,
         "curves": {size: charts.learning_curves(comparison, f"{name}-curve{size}", size) for size in sizes},
         "time": charts.step_time(comparison, f"{name}-time"),
         "memory": charts.memory(comparison, f"{name}-memory") if has_memory else None,
@@ -73,6 +75,18 @@ def _section(comparison: Comparison, name: str) -> dict[str, Any]:
         "failures": _grouped_failures(comparison),
         "plan_json": json.dumps(plan.to_json(), indent=2),
     }
+
+
+def _figure(comparison: Comparison, name: str, limits: tuple[float, float] | None = None) -> dict[str, Markup]:
+    return {
+        "wide": charts.by_batch_size(comparison, name, limits),
+        "narrow": charts.by_batch_size(comparison, f"{name}-narrow", limits, narrow=True),
+    }
+
+
+def _breakable(text: str) -> Markup:
+    """A norm's name that a narrow table may break where its parts end."""
+    return Markup(re.sub(r"([:,+_])", r"\1<wbr>", str(escape(text))))
 
 
 def _cell(row: Row, seeds: int) -> dict[str, str]:
