@@ -203,8 +203,10 @@ class _CosineConv(_ConvNd):
     def _centred_squares(self, x: Tensor) -> Tensor:
         """Sum of squared deviations from the patch's mean, as a difference that float32 could not hold."""
         precise = x if x.device.type == "mps" else x.double()
-        total = self._over_patches(precise)
-        return (self._over_patches(precise.square()) - total.square() / self.weight[0].numel()).clamp(min=0).to(x.dtype)
+        total, square = self._over_patches(precise), self._over_patches(precise.square())
+        deviation = (square - total.square() / self.weight[0].numel()).clamp(min=0)
+        # The dot product is rounded by about eps * sqrt(square): a patch that deviates by less than that has no direction left.
+        return (deviation + (16 * torch.finfo(x.dtype).eps) ** 2 * square).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, centered={self.centered}, eps={self.eps}"

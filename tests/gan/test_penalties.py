@@ -150,8 +150,12 @@ def _length_on_rank(rank: int, sizes: list[int]) -> tuple[float, float]:
     w = torch.randn(sum(sizes), 6, dtype=torch.float64).split(sizes)[rank].requires_grad_()
     noise = torch.randn(sum(sizes), 3, 4, 5, dtype=torch.float64).split(sizes)[rank]
     penalty = PathLengthPenalty(momentum=0.5, process_group="world").double()
-    penalty(g(w), w, noise=noise)
-    return penalty.mean_path_length.item(), penalty.lengths(g(w), w, noise=noise).sum().item()
+    (gradient,) = torch.autograd.grad(penalty(g(w), w, noise=noise), g.first.weight)
+    lengths = penalty.lengths(g(w), w, noise=noise)
+    mean = penalty.mean_path_length + 0.5 * (lengths.sum() - lengths.sum().detach()) / sum(sizes)
+    (expected,) = torch.autograd.grad(2.0 * (lengths - mean).square().mean(), g.first.weight)
+    assert_close(gradient, expected, label="gradient")
+    return penalty.mean_path_length.item(), lengths.sum().item()
 
 
 def test_the_running_mean_is_shared_by_uneven_ranks():

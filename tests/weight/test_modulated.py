@@ -120,7 +120,7 @@ def test_the_sum_is_of_squares():
 def test_half_types_stay_in_range_and_agree(dtype, fused):
     torch.manual_seed(0)
     x = torch.randn(2, 64, 8, 8).to(dtype)
-    w, s = 1000 * torch.randn(16, 64, 3, 3), 5000 * torch.randn(2, 64)
+    w, s = 1000 * torch.randn(16, 64, 3, 3), 1e5 * torch.randn(2, 64)
     y = modulated_conv2d(x, w, s, fused=fused)
     assert y.dtype == dtype
     expected = modulated_conv2d(x.double(), w.double(), s.double(), eps=1e-30)
