@@ -105,7 +105,7 @@ def test_sentences_when_little_is_there():
 class Page(HTMLParser):
     """Checks that elements are closed in order; collects references, identifiers and text."""
 
-    VOID = frozenset({"meta", "input", "br", "link", "img"})
+    VOID = frozenset({"meta", "input", "br", "wbr", "link", "img"})
 
     def __init__(self, html):
         super().__init__()
