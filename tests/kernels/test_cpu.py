@@ -61,8 +61,9 @@ def small(rows: int, c: int) -> Tensor:
     return torch.randn(rows, c, dtype=torch.float64)
 
 
-# Small results, relative to the size of what was summed. Half types are widened to float32 without loss and then treated like it.
-SMALL = {dtype: 1e-12 if dtype == torch.float64 else 3e-7 for dtype in DTYPES}
+# Small results, relative to the size of what was summed. float32 data, and half types widened without loss, may be summed in float over
+# chains of 16 terms, whose error is below 16 * 2^-24 = 9.5e-7; half of that is not reached by rounding errors of both signs.
+SMALL = {dtype: 1e-12 if dtype == torch.float64 else 5e-7 for dtype in DTYPES}
 
 
 def assert_moments_close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
@@ -162,7 +163,7 @@ def test_row_kernels_equal_the_loops(sizes: tuple[int, ...], dtype: torch.dtype,
         assert (got[name] is None) == (want[name] is None)
         if got[name] is not None:
             assert got[name].dtype == torch.float64
-            assert relative_error(got[name], want[name]) <= 3 * SMALL[dtype]  # of the result, not of what was summed: terms cancel
+            assert relative_error(got[name], want[name]) <= 2 * SMALL[dtype]  # of the result, not of what was summed: terms cancel
     assert_grads_close({"x": got["x"]}, {"x": want["x"]})
 
 

@@ -43,8 +43,7 @@ void for_panels(int64_t width, const Body& body) {
   for (int64_t j = 0; j < width; j += size) body(j, std::min(size, width - j));
 }
 
-// A vector of columns: what its values are shifted by, and two running sums. Side by side, so that they never fall on addresses a
-// multiple of 4096 apart, which processors take for the same address when they check loads against earlier stores.
+// A vector of columns: what its values are shifted by, and two running sums.
 template <class V>
 struct Column {
   V shift, first, second;
@@ -52,7 +51,7 @@ struct Column {
 
 // Sums a pair of terms down `height` rows for each vector of a panel; term(row, column, shift) forms the pair.
 template <class V, class Term>
-[[gnu::always_inline]] inline void column_sums(int64_t height, Panel<V> panel, Column<V>* columns, const Term& term, double* first,
+EQUINORM_INLINE inline void column_sums(int64_t height, Panel<V> panel, Column<V>* columns, const Term& term, double* first,
                                                double* second) {
   constexpr int64_t L = lanes<V>;
   const int64_t vectors = panel.vectors(), full = panel.width / L;
@@ -77,7 +76,7 @@ template <class V, class T>
 void shifted_columns(const T* x, int64_t height, int64_t pitch, Panel<V> panel, Column<V>* columns, double* first, double* second) {
   column_sums(
       height, panel, columns,
-      [=](int64_t r, int64_t column, V shift) {
+      [=](int64_t r, int64_t column, V shift) EQUINORM_INLINE {
         const V d = load<V>(x + r * pitch + column) - shift;
         return std::pair(d, d * d);
       },
@@ -338,7 +337,7 @@ void reduce_in(const T* dy, const T* x, int64_t height, int64_t pitch, int64_t w
   }
   column_sums(
       height, panel, columns,
-      [=](int64_t r, int64_t column, V shift) {
+      [=](int64_t r, int64_t column, V shift) EQUINORM_INLINE {
         const V g = load<V>(dy + r * pitch + column);
         return std::pair(g, g * (load<V>(x + r * pitch + column) - shift));
       },

@@ -16,6 +16,9 @@
 #include <torch/headeronly/util/Half.h>
 #endif
 
+// For the bodies of hot loops, lambdas included: called rather than inlined, they would keep their vectors in memory.
+#define EQUINORM_INLINE __attribute__((always_inline))
+
 namespace equinorm {
 
 #if defined(__AVX512F__)

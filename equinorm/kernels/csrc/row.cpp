@@ -9,7 +9,7 @@
 namespace equinorm {
 namespace {
 
-constexpr int64_t kParts = 32;  // pieces of the batch over which parameter gradients are summed apart, then merged in order
+constexpr int64_t kParts = 32;  // most pieces of the batch over which parameter gradients are summed apart, then merged in order
 
 // Whether pieces rather than rows are shared out. Decides about speed only.
 bool split_rows(int64_t rows, int64_t length) { return length >= 2 * kSegment && threads() > 1 && rows < 4 * threads(); }
@@ -96,13 +96,13 @@ struct Standard {
 // Calls body(i, get, put) for each vector of a run, where get(pointer) and put(pointer, vector) move the elements from i on. Where the
 // run is no multiple of the vector, the last ones are moved on their own: each element is visited once.
 template <class V, class Body>
-void for_vectors(int64_t count, const Body& body) {
+EQUINORM_INLINE inline void for_vectors(int64_t count, const Body& body) {
   int64_t i = 0;
   for (; i + lanes<V> <= count; i += lanes<V>)
-    body([i](const auto* p) { return load<V>(p + i); }, [i](auto* p, V v) { store(p + i, v); });
+    body([i](const auto* p) EQUINORM_INLINE { return load<V>(p + i); }, [i](auto* p, V v) EQUINORM_INLINE { store(p + i, v); });
   if (i < count)
-    body([i, count](const auto* p) { return load_part<V>(p + i, count - i); },
-         [i, count](auto* p, V v) { store_part(p + i, v, count - i); });
+    body([i, count](const auto* p) EQUINORM_INLINE { return load_part<V>(p + i, count - i); },
+         [i, count](auto* p, V v) EQUINORM_INLINE { store_part(p + i, v, count - i); });
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ bool normalize_columns(const T* x, T* y, int64_t count, double mean, double rstd
   const Standard<V> h(mean, rstd);
   if (!h.fit || !(std::is_same_v<V, Doubles> || (weight.narrow() && bias.narrow()))) return false;
   const auto *w = weight.at<V>(p), *b = bias.at<V>(p);
-  for_vectors<V>(count, [&](const auto& get, const auto& put) { put(y, h(get(x)) * get(w) + get(b)); });
+  for_vectors<V>(count, [&](const auto& get, const auto& put) EQUINORM_INLINE { put(y, h(get(x)) * get(w) + get(b)); });
   return true;
 }
 
@@ -225,7 +225,7 @@ bool reduce_columns(const T* dy, const T* x, int64_t count, double mean, double 
   const Standard<V> h(mean, rstd);
   if (!h.fit || !(std::is_same_v<V, Doubles> || weight.narrow())) return false;
   const auto* w = weight.at<V>(p);
-  out = run_sums<V>(count, [&](const auto& get) {
+  out = run_sums<V>(count, [&](const auto& get) EQUINORM_INLINE {
     const V g = get(dy) * get(w);
     return std::pair(g, g * h(get(x)));
   });
@@ -239,7 +239,7 @@ void finish_columns(const T* dy, const T* x, T* dx, int64_t count, double mean, 
   const Standard<V> standard(mean, rstd);
   const V constant = splat<V>(flow.constant), slope = splat<V>(flow.slope), scale = splat<V>(rstd);
   const auto* w = weight.at<V>(p);
-  for_vectors<V>(count, [&](const auto& get, const auto& put) {
+  for_vectors<V>(count, [&](const auto& get, const auto& put) EQUINORM_INLINE {
     const V d = get(dy), h = standard(get(x));
     put(dx, scale * (d * get(w) - (constant + h * slope)));
     put(dweight, get(dweight) + d * h);
@@ -249,16 +249,15 @@ void finish_columns(const T* dy, const T* x, T* dx, int64_t count, double mean, 
 
 // Sums down the rows for the gradients of some columns' parameters: in float for a few samples, then handed over to doubles.
 struct Running {
-  int64_t apart;
-  Buffer<float> values;
-  // The two halves are not a multiple of 4096 bytes apart: processors take addresses that are for the same when they check loads
-  // against earlier stores.
-  explicit Running(int64_t count) : apart(divide_up(count, 1024) * 1024 + 512), values(2 * apart) {}
-  float* weight() { return values.data(); }
-  float* bias() { return values.data() + apart; }
+  Buffer<float> weight, bias;
+  explicit Running(int64_t count) : weight(count), bias(count) {}
   void hand_over(double* dweight, double* dbias, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) dweight[i] += weight()[i], dbias[i] += bias()[i];
-    std::fill(values.begin(), values.end(), 0.0f);
+    const auto move = [count](float* from, double* to) {
+      int64_t i = 0;
+      for (; i + lanes<Floats> <= count; i += lanes<Floats>) add_to(to + i, load<Floats>(from + i)), store(from + i, Floats{});
+      for (; i < count; ++i) to[i] += from[i], from[i] = 0;
+    };
+    move(weight.data(), dweight), move(bias.data(), dbias);
   }
 };
 
@@ -269,7 +268,7 @@ void backward_columns(const T* dy, const T* x, const double* weight, const doubl
   const std::vector<Piece> pieces = pieces_of(shape);
   const ParameterRow w(weight, shape.parameters(), in_float<T>);
   const int64_t parameters = shape.parameters(), samples = shape.rows / shape.groups, count = static_cast<int64_t>(pieces.size());
-  const int64_t height = divide_up(samples, kParts), parts = divide_up(samples, height);
+  const int64_t height = std::max<int64_t>(kChain, divide_up(samples, kParts)), parts = divide_up(samples, height);
   Buffer<double> sums_weight(parts * parameters), sums_bias(parts * parameters);
   std::vector<Sums> sums(shape.rows * count);
   std::vector<char> narrow(shape.rows * count);
@@ -293,8 +292,8 @@ void backward_columns(const T* dy, const T* x, const double* weight, const doubl
       const int64_t at = row * shape.length() + pieces[i].begin + skip, p = group * shape.k + pieces[i].parameter + skip;
       if constexpr (in_float<T>)
         if (narrow[row * count + i] && abs(sent.constant) <= kLargest && abs(sent.slope) <= kLargest)
-          return finish_columns<Floats>(dy + at, x + at, dx + at, length, mean[row], rstd[row], w, p, sent, running.weight() + p - origin,
-                                        running.bias() + p - origin);
+          return finish_columns<Floats>(dy + at, x + at, dx + at, length, mean[row], rstd[row], w, p, sent, &running.weight[p - origin],
+                                        &running.bias[p - origin]);
       const int64_t slot = n / height * parameters + p;
       finish_columns<Doubles>(dy + at, x + at, dx + at, length, mean[row], rstd[row], w, p, sent, &sums_weight[slot], &sums_bias[slot]);
     };

@@ -31,12 +31,12 @@ struct Sums {
 
 // Sums a pair of terms over `count` elements. term(get) forms the pair from vectors it gets by get(pointer to the first element).
 template <class V, class Term>
-[[gnu::always_inline]] inline Sums run_sums(int64_t count, const Term& term) {
+EQUINORM_INLINE inline Sums run_sums(int64_t count, const Term& term) {
   constexpr int64_t L = lanes<V>;
   Doubles first{}, second{};
   int64_t i = 0;
-  const auto add = [&](int64_t at, V& s, V& q) __attribute__((always_inline)) {
-    const auto [f, g] = term([&](const auto* p) { return load<V>(p + at); });
+  const auto add = [&](int64_t at, V& s, V& q) EQUINORM_INLINE {
+    const auto [f, g] = term([&](const auto* p) EQUINORM_INLINE { return load<V>(p + at); });
     s += f, q += g;
   };
   while (i < count) {
@@ -48,8 +48,8 @@ template <class V, class Term>
       if (i < count) {
         // The last vector reaches back over elements that are already in the sum; its lanes from `old` on are new.
         const int64_t old = L - (count - i);
-        const auto [f, g] = count >= L ? term([&](const auto* p) { return load<V>(p + count - L); })
-                                       : term([&](const auto* p) { return load_last<V>(p, count); });
+        const auto [f, g] = count >= L ? term([&](const auto* p) EQUINORM_INLINE { return load<V>(p + count - L); })
+                                       : term([&](const auto* p) EQUINORM_INLINE { return load_last<V>(p, count); });
         s1 += lanes_from(f, old), q1 += lanes_from(g, old);
         i = count;
       }
@@ -77,9 +77,9 @@ auto shift_held(D sum, D squares, D count) {
 }
 
 template <class V, class T>
-[[gnu::always_inline]] inline Sums shifted_sums(const T* x, int64_t count, double shift) {
+EQUINORM_INLINE inline Sums shifted_sums(const T* x, int64_t count, double shift) {
   const V k = splat<V>(shift);
-  return run_sums<V>(count, [&](const auto& get) {
+  return run_sums<V>(count, [&](const auto& get) EQUINORM_INLINE {
     const V d = get(x) - k;
     return std::pair(d, d * d);
   });
@@ -163,10 +163,10 @@ D cut_off(D held, D center, D sum_dy) {
 }
 
 template <class V, class T>
-[[gnu::always_inline]] inline Sums reduce_about(const T* dy, const T* x, int64_t count, double center) {
+EQUINORM_INLINE inline Sums reduce_about(const T* dy, const T* x, int64_t count, double center) {
   const double held = static_cast<Scalar<V>>(center);
   const V k = splat<V>(held);
-  Sums sums = run_sums<V>(count, [&](const auto& get) {
+  Sums sums = run_sums<V>(count, [&](const auto& get) EQUINORM_INLINE {
     const V g = get(dy);
     return std::pair(g, g * (get(x) - k));
   });
@@ -224,7 +224,7 @@ struct BackwardMap {
 // The parameters of a map as float arithmetic takes them: the centre cut to a float, and what was cut off moved to the constant (the
 // last parameter; the one before it multiplies x - center). False if they are not fit for it.
 template <class Map>
-[[gnu::always_inline]] inline bool fit_floats(const double* p, float* out) {
+EQUINORM_INLINE inline bool fit_floats(const double* p, float* out) {
   constexpr int P = Map::kParameters;
   out[0] = static_cast<float>(p[0]);
   const double cut = out[0] - p[0], constant = cut == 0 ? p[P - 1] : p[P - 1] + cut * p[P - 2];
@@ -239,7 +239,7 @@ template <class Map>
 
 // out[i] = map(x[i], dy[i]) for the vector at i; `in` is the map with its parameters.
 template <class Map, class V, class T>
-[[gnu::always_inline]] inline void apply_at(const typename Map::template In<V>& in, const T* x, const T* dy, T* out, int64_t i) {
+EQUINORM_INLINE inline void apply_at(const typename Map::template In<V>& in, const T* x, const T* dy, T* out, int64_t i) {
   V g{};
   if constexpr (Map::kGradient) g = load<V>(dy + i);
   store(out + i, in(load<V>(x + i), g));
@@ -254,8 +254,8 @@ void apply_part(const typename Map::template In<V>& in, const T* x, const T* dy,
 
 // The map with one set of parameters for the whole run. The last vector of a run reaches back: the same values are stored again.
 template <class Map, class V, class T>
-[[gnu::always_inline]] inline void apply_fixed(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters) {
-  const typename Map::template In<V> in([&](int m) { return splat<V>(parameters[m]); });
+EQUINORM_INLINE inline void apply_fixed(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters) {
+  const typename Map::template In<V> in([&](int m) EQUINORM_INLINE { return splat<V>(parameters[m]); });
   if (count < lanes<V>) return apply_part<Map, V>(in, x, dy, out, count);
   int64_t i = 0;
   for (; i + lanes<V> <= count; i += lanes<V>) apply_at<Map, V>(in, x, dy, out, i);
@@ -278,12 +278,12 @@ void apply_run(const T* x, const T* dy, T* out, int64_t count, const double* par
 
 // The map with parameters for each column, `stride` apart in memory.
 template <class Map, class V, class T>
-[[gnu::always_inline]] inline void apply_columns(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters,
+EQUINORM_INLINE inline void apply_columns(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters,
                                                  int64_t stride) {
   using In = typename Map::template In<V>;
-  const auto in = [&](int64_t i) { return In([&](int m) { return load<V>(parameters + m * stride + i); }); };
+  const auto in = [&](int64_t i) EQUINORM_INLINE { return In([&](int m) EQUINORM_INLINE { return load<V>(parameters + m * stride + i); }); };
   if (count < lanes<V>)
-    return apply_part<Map, V>(In([&](int m) { return load_part<V>(parameters + m * stride, count); }), x, dy, out, count);
+    return apply_part<Map, V>(In([&](int m) EQUINORM_INLINE { return load_part<V>(parameters + m * stride, count); }), x, dy, out, count);
   int64_t i = 0;
   for (; i + lanes<V> <= count; i += lanes<V>) apply_at<Map, V>(in(i), x, dy, out, i);
   if (i < count) apply_at<Map, V>(in(count - lanes<V>), x, dy, out, count - lanes<V>);
