@@ -88,12 +88,12 @@ def by_batch_size(comparison: Comparison, name: str, limits: tuple[float, float]
 
 
 def close_up(comparison: Comparison) -> tuple[float, float] | None:
-    """Limits that show the better half of the results; None where the whole range shows them well enough."""
+    """Limits that show the better three quarters of the results; None where the whole range shows them well enough."""
     intervals = [row.interval for row in comparison.rows if row.interval]
     if not intervals:
         return None
     intervals.sort(key=lambda interval: interval.median, reverse=comparison.higher_is_better)
-    better = intervals[: (len(intervals) + 1) // 2]
+    better = intervals[: math.ceil(3 * len(intervals) / 4)]
     low, high = min(interval.low for interval in better), max(interval.high for interval in better)
     whole = max(interval.high for interval in intervals) - min(interval.low for interval in intervals)
     margin = 0.08 * (high - low)

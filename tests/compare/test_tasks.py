@@ -74,6 +74,15 @@ def test_digits_are_learned(task, weight):
     assert last["seconds_per_step"] > 0
 
 
+def test_a_seed_repeats_bit_for_bit():
+    first, again, another = (
+        [{name: value for name, value in metrics.items() if name != "seconds_per_step"} for metrics in digits_mlp(norm, 64, seed, epochs=2)]
+        for norm, seed in [(NormSpec.parse("batch").norm_layer, seed) for seed in (0, 0, 1)]
+    )
+    assert first == again
+    assert first != another
+
+
 def test_weight_method_is_on_every_layer_that_a_norm_follows():
     standardized = NormSpec.parse("batch+ws")
     for model in (
