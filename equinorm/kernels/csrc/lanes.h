@@ -178,13 +178,15 @@ void store_part(T* to, V values, int64_t count) {
   std::copy_n(buffer, count, to);
 }
 
-template <class T>
-double load_one(const T* from) {
-  if constexpr (std::is_arithmetic_v<T>) {
-    return *from;
-  } else {
-    return load_last<Vector<float, 4>>(from, 1)[3];
-  }
+inline double load_one(const double* from) { return *from; }
+inline double load_one(const float* from) { return *from; }
+inline double load_one(const bfloat16* from) { return std::bit_cast<float>(static_cast<uint32_t>(from->bits) << 16); }
+inline double load_one(const float16* from) {
+#if defined(__F16C__)
+  return _cvtsh_ss(from->bits);
+#else
+  return torch::headeronly::detail::fp16_ieee_to_fp32_value(from->bits);
+#endif
 }
 
 // The lanes from `first` on; the others are 0.
