@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -139,11 +139,7 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
 def _compare(plan: Plan, folder: Path, arguments: Namespace) -> Comparison:
     from equinorm.compare.progress import progress_on
     from equinorm.compare.runner import compare
-    from equinorm.compare.study import shown
 
-    words = sys.argv[1:]
-    if arguments.storage:
-        words = [word.replace(arguments.storage, shown(arguments.storage)) for word in words]  # the report must not tell a password
     return compare(
         plan,
         folder,
@@ -153,9 +149,16 @@ def _compare(plan: Plan, folder: Path, arguments: Namespace) -> Comparison:
         stale_after=arguments.stale_after,
         retry_failed=arguments.retry_failed,
         measure=not arguments.report_only,
-        command=shlex.join(["equinorm", *words]),
+        command=repeatable(sys.argv[1:], arguments.storage),
         progress=progress_on(sys.stderr, arguments.workers),
     )
+
+
+def repeatable(words: Sequence[str], storage: str | None) -> str:
+    """The command as typed, for the report; without the database's password."""
+    from equinorm.compare.study import shown
+
+    return shlex.join(["equinorm", *(word.replace(storage, shown(storage)) if storage else word for word in words)])
 
 
 def _list(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from equinorm.cli import main
 from equinorm.compare import demo
+from equinorm.compare.command import repeatable
 from equinorm.compare.plan import Plan
 
 GRID = ("tiny.py:task", "--norms", "none", "batch", "layer", "--batch-sizes", "2,4", "--seeds", "2", "--out", "out")
@@ -26,6 +28,7 @@ def test_runs_writes_and_adds_nothing_the_second_time(tiny):
     assert result["cells"] == {"asked": CELLS, "measured": CELLS, "failed": 0, "missing": 0}
     assert result["metric"] == "test_accuracy"
     assert [(row["norm"], row["batch_size"]) for row in result["results"]] == [(n, b) for n in ("none", "batch", "layer") for b in (2, 4)]
+    assert len(set(result["results"][0]["scores"])) == 2  # one for each seed
     for row in result["results"]:
         assert row["low"] <= row["median"] <= row["high"]
         assert (row["seeds"], len(row["scores"]), row["confidence"], row["failed"]) == (2, 2, 0.5, {})
@@ -78,6 +81,16 @@ def test_goes_on_after_kill_and_loses_only_the_cells_in_flight(tiny):
     again = len(tiny.starts()) - CELLS
     assert 1 <= again <= 2, f"{again} cells were measured twice, with 2 in flight; before: {begun}"
     assert len(set(tiny.starts())) == CELLS
+
+
+def test_workers_end_with_a_command_that_is_killed(tiny):
+    process = tiny.start(*GRID, "--workers", "2", "--option", "pause=100")
+    _wait_for(lambda: len(tiny.starts()) == 2)
+    workers = [int(line.rsplit(" ", 1)[1]) for line in (tiny.folder / "starts.txt").read_text().splitlines()]
+    assert all(map(_alive, workers))
+    process.kill()
+    process.communicate()
+    _wait_for(lambda: not any(map(_alive, workers)), seconds=60)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -239,6 +252,21 @@ def test_demo_writes_one_report_on_both_comparisons(tiny, monkeypatch, capfd):
     assert shown.rstrip().endswith("here/report.html")
     page = Path("here/report.html").read_text()
     assert page.count("<h2>tiny.py:") == 2
+
+
+@pytest.mark.parametrize("option", ["--storage {}", "--storage={}"])
+def test_the_command_in_the_report_holds_no_password(option):
+    url = "postgresql://me:secret@host/db"
+    words = ["compare", "digits", *option.format(url).split()]
+    assert repeatable(words, url) == "equinorm compare digits " + shlex.join(option.format("postgresql://me:***@host/db").split())
+
+
+def _alive(pid):
+    """Whether a process runs; one that has ended and waits for its parent to notice does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def _lines(path):

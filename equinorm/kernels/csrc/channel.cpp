@@ -297,7 +297,10 @@ void apply(const T* x, const T* dy, T* out, const Small* small, Shape shape) {
     ColumnParameters<Map, T> parameters;
     int64_t held = -1;
     for (int64_t u = begin; u < end; ++u) {
-      if (blocks.sample(u) != held) parameters.set(small, held = blocks.sample(u), blocks.c, std::min(blocks.fold, blocks.rows), blocks.rows);
+      if (blocks.sample(u) != held) {
+        held = blocks.sample(u);
+        parameters.set(small, held, blocks.c, std::min(blocks.fold, blocks.rows), blocks.rows);
+      }
       const int64_t last = blocks.offset(u) + blocks.length(u) * blocks.c;
       for (int64_t at = blocks.offset(u); at < last; at += parameters.width)
         parameters.apply(x + at, dy + at, out + at, std::min(parameters.width, last - at));

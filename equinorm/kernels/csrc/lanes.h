@@ -206,8 +206,9 @@ struct Halves {
 
 template <class V>
 Halves<V> halves(V v) {
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-  if constexpr (lanes<V> == 16) return {__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)};
+#if __has_builtin(__builtin_shufflevector)
+  if constexpr (lanes<V> == 16)
+    return {__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)};
   if constexpr (lanes<V> == 8) return {__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)};
   if constexpr (lanes<V> == 4) return {__builtin_shufflevector(v, v, 0, 1), __builtin_shufflevector(v, v, 2, 3)};
 #endif

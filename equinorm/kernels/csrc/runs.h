@@ -281,7 +281,9 @@ template <class Map, class V, class T>
 EQUINORM_INLINE inline void apply_columns(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters,
                                                  int64_t stride) {
   using In = typename Map::template In<V>;
-  const auto in = [&](int64_t i) EQUINORM_INLINE { return In([&](int m) EQUINORM_INLINE { return load<V>(parameters + m * stride + i); }); };
+  const auto in = [&](int64_t i) EQUINORM_INLINE {
+    return In([&](int m) EQUINORM_INLINE { return load<V>(parameters + m * stride + i); });
+  };
   if (count < lanes<V>)
     return apply_part<Map, V>(In([&](int m) EQUINORM_INLINE { return load_part<V>(parameters + m * stride, count); }), x, dy, out, count);
   int64_t i = 0;
