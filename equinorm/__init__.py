@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 # Statistics over the batch
 from equinorm.norms.moving_average_batch import MovingAverageBatchNorm as MovingAverageBatchNorm
 from equinorm.norms.power import PowerNorm as PowerNorm
@@ -161,5 +164,16 @@ from equinorm.catalogue import find as find
 from equinorm.facts import Facts as Facts
 from equinorm.facts import Paper as Paper
 from equinorm.kernels import plain as plain
+
+# Instruments, loaded when first used
+if TYPE_CHECKING:
+    from equinorm.probe.run import probe as probe
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in ("probe",):
+            return importlib.import_module(f"equinorm.{name}")
+        raise AttributeError(f"module 'equinorm' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
