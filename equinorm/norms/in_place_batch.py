@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from math import log
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from equinorm.core import Affine, Moments
 from equinorm.core.base import ChannelNorm, check_batch, check_channels, check_momentum
@@ -17,6 +16,7 @@ from equinorm.core.running import RunningMoments
 from equinorm.core.sync import refusing_together
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl, observed
+from equinorm.kernels.activations import Activation, elu, identity, leaky_relu
 from equinorm.kernels.reference import HALF
 from equinorm.norms.batch import batch
 
@@ -24,31 +24,14 @@ if TYPE_CHECKING:
     from equinorm.core.sync import Group
 
 
-def leaky_relu(slope: float) -> Invertible:
-    """The larger of z and slope z."""
-    return Invertible(
-        lambda z: functional.leaky_relu(z, slope),
-        lambda y: functional.leaky_relu(y, 1 / slope),
-        lambda dy, y: torch.ops.aten.leaky_relu_backward(dy, y, slope, True),
-    )
+def invertible(activation: Activation) -> Invertible:
+    """Of an activation that can be undone, what backward needs to work from the output."""
+    assert activation.inverse is not None
+    assert activation.pull is not None
+    return Invertible(activation.function, activation.inverse, activation.pull, activation.least)
 
 
-def elu(alpha: float) -> Invertible:
-    """Of z, z above 0 and alpha (exp(z) - 1) below: z is known to an error of eps / 2 exp(-z), which should stay below 1e-3."""
-    return Invertible(
-        lambda z: functional.elu(z, alpha),
-        lambda y: torch.where(y >= 0, y, torch.log1p((y / alpha).clamp(torch.finfo(y.dtype).eps / 2 - 1, 0))),
-        lambda dy, y: torch.ops.aten.elu_backward(dy, alpha, 1.0, 1.0, True, y),
-        lambda eps: log(eps / 2e-3),
-    )
-
-
-def identity(_: float) -> Invertible:
-    """Nothing."""
-    return Invertible(lambda z: z, lambda y: y, lambda dy, _: dy)
-
-
-ACTIVATIONS = {"leaky_relu": leaky_relu, "elu": elu, "identity": identity}
+ACTIVATIONS: dict[str, Callable[[float], Activation]] = {"leaky_relu": leaky_relu, "elu": elu, "identity": lambda _: identity()}
 
 
 def in_place_batch(
@@ -175,7 +158,7 @@ class InPlaceABN(RunningMoments, ChannelNorm):
         def rule(moments: Moments, weight: Tensor | None, bias: Tensor | None) -> tuple[Affine, Moments]:
             return in_place_batch(moments if estimate is None else estimate, weight, bias, self.eps, self.weight_mode, group)
 
-        activation = ACTIVATIONS[self.activation](self.activation_param)
+        activation = invertible(ACTIVATIONS[self.activation](self.activation_param))
         y, seen = overwriting_norm(x, rule, self.weight, self.bias, activation=activation, measured=estimate is None, mask=mask, impl=impl)
         if self.learning and seen is not None:
             self.learn(seen)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from equinorm.kernels.activations import find
 
 # Monte-Carlo estimates that published normalizer-free weights were trained with; up to 1e-3 off.
 DEEPMIND = {
@@ -28,15 +27,15 @@ DEEPMIND = {
 }
 
 
-def variance_gain(activation: str | Callable[[Tensor], Tensor], preset: Literal["exact", "deepmind"] = "exact") -> float:
+def variance_gain(activation: str | nn.Module | Callable[[Tensor], Tensor], preset: Literal["exact", "deepmind"] = "exact") -> float:
     r"""The gain gamma = 1 / std(f(z)), z standard normal: ``gamma * f(z)`` has variance 1.
 
     This is not He's gain 1 / rms(f(z)), which also counts the mean: standardized weights remove the mean by themselves, so behind them the
     standard deviation is what matters (relu: 1.7129, He: 1.4142).
 
     Args:
-        activation: name of a function in ``torch.nn.functional`` ("relu", "silu", "gelu" ...), or an elementwise function of a tensor.
-            It may have kinks and jumps at multiples of 1/1024.
+        activation: name of a function in ``torch.nn.functional`` ("relu", "silu", "gelu" ...), a module such as ``nn.LeakyReLU(0.2)``, or
+            an elementwise function of a tensor. It may have kinks and jumps at multiples of 1/1024.
         preset: "exact" integrates numerically, to about 1e-9; "deepmind" returns the constant of the published normalizer-free networks,
             which is a Monte-Carlo estimate, to run their weights as they were trained.
 
@@ -61,29 +60,7 @@ def variance_gain(activation: str | Callable[[Tensor], Tensor], preset: Literal[
         return DEEPMIND[activation]
     if preset != "exact":
         raise ValueError(f'variance_gain: preset must be "exact" or "deepmind", got {preset!r}')
-    f = activation
-    if isinstance(f, str):
-        f = getattr(F, f, None)
-        if f is None:
-            raise ValueError(f"variance_gain: activation must be a function of torch.nn.functional, got {activation!r}")
-    # Gauss-Legendre with 3 nodes in each of 2 * 12 * 1024 cells: kinks of all usual activations lie between cells, not inside one.
-    edge, cells = 12, 2 * 12 * 1024
-    nodes = torch.tensor([-math.sqrt(0.6), 0.0, math.sqrt(0.6)], dtype=torch.float64)
-    weights = torch.tensor([5 / 18, 8 / 18, 5 / 18], dtype=torch.float64)
-    centres = (torch.arange(cells, dtype=torch.float64) + 0.5) / 1024 - edge
-    z = (centres[:, None] + nodes / 2048).flatten()
-    density = (weights / 1024).repeat(cells) * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    with torch.no_grad():
-        y = f(z)
-    if not isinstance(y, Tensor) or y.shape != z.shape:
-        raise ValueError("variance_gain: activation must be elementwise: one tensor of the shape of its input")
-    mean = (y * density).sum()
-    variance = ((y - mean).square() * density).sum().item()
-    if not 1e-24 < variance < math.inf:
-        raise ValueError(
-            f"variance_gain: the activation's output must vary and be finite for inputs within +-{edge}, got variance {variance:.3g}"
-        )
-    return variance**-0.5
+    return find(activation).variance_gain
 
 
 class ScaledActivation(nn.Module):
@@ -104,13 +81,15 @@ class ScaledActivation(nn.Module):
         tensor([0.0000, 1.7129])
     """
 
-    def __init__(self, activation: str | Callable[[Tensor], Tensor], preset: Literal["exact", "deepmind"] = "exact") -> None:
+    def __init__(self, activation: str | nn.Module | Callable[[Tensor], Tensor], preset: Literal["exact", "deepmind"] = "exact") -> None:
         super().__init__()
         self.gain = variance_gain(activation, preset)
-        self.activation: Callable[[Tensor], Tensor] = getattr(F, activation) if isinstance(activation, str) else activation
+        found = find(activation)
+        self.activation: Callable[[Tensor], Tensor] = found.function if isinstance(activation, str) else activation
+        self.name = found.name
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(x) * self.gain
 
     def extra_repr(self) -> str:
-        return f"{getattr(self.activation, '__name__', self.activation)}, gain={self.gain:.6f}"
+        return f"{self.name}, gain={self.gain:.6f}"
