@@ -235,6 +235,7 @@ void channel_moments(const T* x, SmallOut mean, SmallOut var, Shape shape) {
 
 // ---- maps ---------------------------------------------------------------------------------------------------------------------
 
+
 namespace {
 
 // A map's parameters for the columns of one sample, repeated for folded rows, in the arithmetic that suits them.
@@ -268,10 +269,10 @@ struct ColumnParameters {
       for (int64_t f = 0; f < fold; ++f) std::copy_n(small[m].sample(sample), c, &doubles[m * width + f * c]);
   }
 
-  void apply(const T* x, const T* dy, T* out, int64_t columns) const {
+  void apply(const T* x, const T* dy, T* out, int64_t columns, To to) const {
     if constexpr (in_float<T>)
-      if (narrow) return apply_columns<Map, Floats>(x, dy, out, columns, floats.data(), width);
-    apply_columns<Map, Doubles>(x, dy, out, columns, doubles.data(), width);
+      if (narrow) return apply_columns<Map, Floats>(x, dy, out, columns, floats.data(), width, to);
+    apply_columns<Map, Doubles>(x, dy, out, columns, doubles.data(), width, to);
   }
 };
 
@@ -279,6 +280,7 @@ template <class Map, class T>
 void apply(const T* x, const T* dy, T* out, const Small* small, Shape shape) {
   constexpr int P = Map::kParameters;
   auto [n, c, s, channels_last] = shape;
+  const To to = destination(n * c * s * sizeof(T));
   if (!channels_last) {
     const int64_t segments = divide_up(s, kSegment);
     parallel(n * c * segments, std::min(kSegment, s), [&, c = c, s = s](int64_t begin, int64_t end) {
@@ -286,7 +288,7 @@ void apply(const T* x, const T* dy, T* out, const Small* small, Shape shape) {
         const int64_t at = (i * c + j) * s + k * kSegment;
         double parameters[P];
         for (int m = 0; m < P; ++m) parameters[m] = small[m].sample(i)[j];
-        apply_run<Map>(x + at, dy + at, out + at, std::min(kSegment, s - k * kSegment), parameters);
+        apply_run<Map>(x + at, dy + at, out + at, std::min(kSegment, s - k * kSegment), parameters, to);
       });
     });
     return;
@@ -303,7 +305,7 @@ void apply(const T* x, const T* dy, T* out, const Small* small, Shape shape) {
       }
       const int64_t last = blocks.offset(u) + blocks.length(u) * blocks.c;
       for (int64_t at = blocks.offset(u); at < last; at += parameters.width)
-        parameters.apply(x + at, dy + at, out + at, std::min(parameters.width, last - at));
+        parameters.apply(x + at, dy + at, out + at, std::min(parameters.width, last - at), to);
     }
   });
 }

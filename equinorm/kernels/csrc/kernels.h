@@ -47,10 +47,15 @@ void parallel(int64_t count, int64_t size, const Work& work) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
   if (count <= grain) {
     work(0, count);
+    fence();
     return;
   }
   run_parallel(
-      count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Work*>(context))(begin, end); },
+      count, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const Work*>(context))(begin, end);
+        fence();
+      },
       const_cast<void*>(static_cast<const void*>(&work)));
 }
 
@@ -66,6 +71,13 @@ void for_grid(int64_t begin, int64_t end, int64_t width, int64_t depth, const Wo
     }
   }
 }
+
+// Where results go: to the caches, for whoever reads them next, or past them.
+enum class To { caches, memory };
+
+// Past them goes what could not be in the last level together with what it is computed from: nothing is lost by that, and the line that
+// is about to be overwritten need not be read first. Decides about speed only.
+To destination(int64_t bytes);
 
 // x: (n, c, s) in memory, or (n, s, c) when channels_last.
 struct Shape {

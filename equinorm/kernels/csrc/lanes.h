@@ -10,9 +10,10 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#if defined(__F16C__)
+#if defined(__SSE__)
 #include <immintrin.h>
-#else
+#endif
+#if !defined(__F16C__)
 #include <torch/headeronly/util/Half.h>
 #endif
 
@@ -119,40 +120,78 @@ V load(const T* from) {
 // bfloat16: round to nearest, ties to even, on the integer representation; a NaN stays one. (The processor's own conversion flushes
 // denormals.)
 template <int64_t count>
-void narrow(bfloat16* to, Vector<float, count> values) {
+Vector<uint16_t, count> narrow(Vector<float, count> values, const bfloat16*) {
   using Words = Vector<uint32_t, count>;
   const Words bits = std::bit_cast<Words>(values);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
-  const auto result = __builtin_convertvector((Words)(values == values ? rounded : nan), Vector<uint16_t, count>);
-  std::memcpy(to, &result, sizeof result);
+  return __builtin_convertvector((Words)(values == values ? rounded : nan), Vector<uint16_t, count>);
 }
 
 template <int64_t count>
-void narrow(float16* to, Vector<float, count> values) {
+Vector<uint16_t, count> narrow(Vector<float, count> values, const float16*) {
+  using Result = Vector<uint16_t, count>;
 #if defined(__AVX512F__)
-  if constexpr (count == 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)values, 0));
+  if constexpr (count == 16) return (Result)_mm512_cvtps_ph((__m512)values, 0);
 #endif
 #if defined(__F16C__)
-  if constexpr (count == 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)values, 0));
-  if constexpr (count == 4) _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_cvtps_ph((__m128)values, 0));
+  if constexpr (count == 8) return (Result)_mm256_cvtps_ph((__m256)values, 0);
+  if constexpr (count == 4) {
+    const __m128i bits = _mm_cvtps_ph((__m128)values, 0);
+    return read<Result>(&bits);
+  }
 #else
-  for (int64_t i = 0; i < count; ++i) to[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(values[i]);
+  Result halves;
+  for (int64_t i = 0; i < count; ++i) halves[i] = torch::headeronly::detail::fp16_ieee_from_fp32_value(values[i]);
+  return halves;
 #endif
 }
 
-// One vector to memory, rounded to T. (From double to a half type by way of float: an error of half an ulp and 2^-13 of one.)
+// One vector rounded to T. (From double to a half type by way of float: an error of half an ulp and 2^-13 of one.)
+template <class T, class V>
+auto rounded(V values) {
+  if constexpr (std::is_same_v<T, Scalar<V>>) {
+    return values;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return to_floats<lanes<V>>(values);
+  } else if constexpr (std::is_same_v<Scalar<V>, float>) {
+    return narrow<lanes<V>>(values, static_cast<const T*>(nullptr));
+  } else {
+    return narrow<lanes<V>>(to_floats<lanes<V>>(values), static_cast<const T*>(nullptr));
+  }
+}
+
 template <class T, class V>
 void store(T* to, V values) {
-  if constexpr (std::is_same_v<T, Scalar<V>>) {
-    std::memcpy(to, &values, sizeof values);
-  } else if constexpr (std::is_same_v<T, float>) {
-    const auto floats = to_floats<lanes<V>>(values);
-    std::memcpy(to, &floats, sizeof floats);
-  } else if constexpr (std::is_same_v<Scalar<V>, float>) {
-    narrow<lanes<V>>(to, values);
-  } else {
-    narrow<lanes<V>>(to, to_floats<lanes<V>>(values));
-  }
+  const auto result = rounded<T>(values);
+  std::memcpy(to, &result, sizeof result);
+}
+
+// The same past the caches, to an address that is a multiple of the bytes stored. Saves reading the line that is about to be overwritten.
+template <class T, class V>
+void stream(T* to, V values) {
+  const auto result = rounded<T>(values);
+#if defined(__AVX512F__)
+  if constexpr (sizeof result == 64) return _mm512_stream_ps(reinterpret_cast<float*>(to), (__m512)result);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof result == 32) return _mm256_stream_ps(reinterpret_cast<float*>(to), (__m256)result);
+#endif
+#if defined(__SSE__)
+  if constexpr (sizeof result == 16) return _mm_stream_ps(reinterpret_cast<float*>(to), (__m128)result);
+#endif
+  std::memcpy(to, &result, sizeof result);
+}
+
+// Makes what was streamed visible to other threads, in the order of the program.
+inline void fence() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
+// Asks for memory that will be read soon to come into the second-level cache.
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
 // The elements of a run shorter than a vector, in the last lanes; the others are 0.

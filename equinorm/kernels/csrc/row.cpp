@@ -30,9 +30,11 @@ std::vector<Piece> pieces_of(const Rows& shape) {
 }
 
 // Runs measure(row, group, i) for all i < `measures`, then merge(row, group), then finish(row, group, i) for all i < `finishes`: one
-// row after the other, each while it is in the cache.
-template <class Measure, class Merge, class Finish>
-void by_rows(const Rows& shape, int64_t measures, int64_t finishes, const Measure& measure, const Merge& merge, const Finish& finish) {
+// row after the other, each while it is in the cache. ahead(row, i) is to fetch what finish reads: while one row is written, memory
+// would otherwise not be read.
+template <class Measure, class Merge, class Finish, class Ahead>
+void by_rows(const Rows& shape, int64_t measures, int64_t finishes, const Measure& measure, const Merge& merge, const Finish& finish,
+             const Ahead& ahead) {
   if (split_rows(shape.rows, shape.length())) {
     const auto each = [&](int64_t count, const auto& work) {
       parallel(shape.rows * count, shape.length() / count, [&](int64_t begin, int64_t end) {
@@ -49,7 +51,10 @@ void by_rows(const Rows& shape, int64_t measures, int64_t finishes, const Measur
       const int64_t row = n * shape.groups + g;
       for (int64_t i = 0; i < measures; ++i) measure(row, g, i);
       merge(row, g);
-      for (int64_t i = 0; i < finishes; ++i) finish(row, g, i);
+      for (int64_t i = 0; i < finishes; ++i) {
+        if (row + 1 < end) ahead(row + 1, i);
+        finish(row, g, i);
+      }
     });
   });
 }
@@ -93,16 +98,21 @@ struct Standard {
   V operator()(V x) const { return (x - center) * scale + rest; }
 };
 
-// Calls body(i, get, put) for each vector of a run, where get(pointer) and put(pointer, vector) move the elements from i on. Where the
-// run is no multiple of the vector, the last ones are moved on their own: each element is visited once.
-template <class V, class Body>
+// Calls body(get, put, result) for each vector of a run, where get(pointer) and put(pointer, vector) move the elements from the vector's
+// first on, and result(pointer, vector) is the put of what leaves the kernel. Where the run is no multiple of the vector, the last ones
+// are moved on their own: each element is visited once.
+template <class V, To to, class Body>
 EQUINORM_INLINE inline void for_vectors(int64_t count, const Body& body) {
   int64_t i = 0;
-  for (; i + lanes<V> <= count; i += lanes<V>)
-    body([i](const auto* p) EQUINORM_INLINE { return load<V>(p + i); }, [i](auto* p, V v) EQUINORM_INLINE { store(p + i, v); });
-  if (i < count)
-    body([i, count](const auto* p) EQUINORM_INLINE { return load_part<V>(p + i, count - i); },
-         [i, count](auto* p, V v) EQUINORM_INLINE { store_part(p + i, v, count - i); });
+  for (; i + lanes<V> <= count; i += lanes<V>) {
+    const auto put = [i](auto* p, V v) EQUINORM_INLINE { store(p + i, v); };
+    const auto result = [&, i](auto* p, V v) EQUINORM_INLINE { to == To::memory ? stream(p + i, v) : put(p, v); };
+    body([i](const auto* p) EQUINORM_INLINE { return load<V>(p + i); }, put, result);
+  }
+  if (i < count) {
+    const auto put = [i, count](auto* p, V v) EQUINORM_INLINE { store_part(p + i, v, count - i); };
+    body([i, count](const auto* p) EQUINORM_INLINE { return load_part<V>(p + i, count - i); }, put, put);
+  }
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------------------------
@@ -110,11 +120,15 @@ EQUINORM_INLINE inline void for_vectors(int64_t count, const Body& body) {
 // y = h * weight + bias with a weight and a bias for each column.
 template <class V, class T>
 bool normalize_columns(const T* x, T* y, int64_t count, double mean, double rstd, const ParameterRow& weight,
-                       const ParameterRow& bias, int64_t p) {
+                       const ParameterRow& bias, int64_t p, To to) {
   const Standard<V> h(mean, rstd);
   if (!h.fit || !(std::is_same_v<V, Doubles> || (weight.narrow() && bias.narrow()))) return false;
   const auto *w = weight.at<V>(p), *b = bias.at<V>(p);
-  for_vectors<V>(count, [&](const auto& get, const auto& put) EQUINORM_INLINE { put(y, h(get(x)) * get(w) + get(b)); });
+  const auto body = [&](const auto& get, const auto&, const auto& result) EQUINORM_INLINE { result(y, h(get(x)) * get(w) + get(b)); };
+  if (to == To::memory && aligned<V>(y))
+    for_vectors<V, To::memory>(count, body);
+  else
+    for_vectors<V, To::caches>(count, body);
   return true;
 }
 
@@ -127,6 +141,7 @@ void row_forward(const T* x, const double* weight, const double* bias, T* y, dou
   const auto length = [&](int64_t k) { return std::min(kSegment, shape.measured - k * kSegment); };
   Buffer<double> means(shape.rows * segments), squares(shape.rows * segments);
   const bool columns = shape.s == 1 && weight;
+  const To to = destination(shape.rows * shape.length() * sizeof(T));
   const ParameterRow w(columns ? weight : nullptr, shape.parameters(), in_float<T>);
   const ParameterRow b(columns ? bias : nullptr, shape.parameters(), in_float<T>);
 
@@ -151,14 +166,15 @@ void row_forward(const T* x, const double* weight, const double* bias, T* y, dou
     const int64_t at = row * shape.length() + begin, p = group * shape.k + parameter;
     if (columns) {
       if constexpr (in_float<T>)
-        if (normalize_columns<Floats>(x + at, y + at, count, mean[row], rstd[row], w, b, p)) return;
-      normalize_columns<Doubles>(x + at, y + at, count, mean[row], rstd[row], w, b, p);
+        if (normalize_columns<Floats>(x + at, y + at, count, mean[row], rstd[row], w, b, p, to)) return;
+      normalize_columns<Doubles>(x + at, y + at, count, mean[row], rstd[row], w, b, p, to);
       return;
     }
     const double parameters[] = {mean[row], weight ? rstd[row] * weight[p] : rstd[row], bias ? bias[p] : 0};
-    apply_run<AffineMap>(x + at, x + at, y + at, count, parameters);
+    apply_run<AffineMap>(x + at, x + at, y + at, count, parameters, to);
   };
-  by_rows(shape, segments, static_cast<int64_t>(pieces.size()), measure, merge, finish);
+  const auto ahead = [&](int64_t row, int64_t i) { prefetch(x + row * shape.length() + pieces[i].begin, pieces[i].count * sizeof(T)); };
+  by_rows(shape, segments, static_cast<int64_t>(pieces.size()), measure, merge, finish, ahead);
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------------------
@@ -185,6 +201,7 @@ void backward_channels(const T* dy, const T* x, const double* weight, const doub
   const int64_t parameters = shape.parameters(), count = static_cast<int64_t>(pieces.size());
   std::vector<Sums> sums(shape.rows * count), channels(dweight ? shape.rows * shape.k : 0);
   std::vector<Flow> flows(shape.rows);
+  const To to = destination(shape.rows * shape.length() * sizeof(T));
   const auto measure = [&](int64_t row, int64_t, int64_t i) {
     const int64_t at = row * shape.length() + pieces[i].begin;
     sums[row * count + i] = run_reduce(dy + at, x + at, pieces[i].count, mean[row]);
@@ -206,10 +223,15 @@ void backward_channels(const T* dy, const T* x, const double* weight, const doub
     const int64_t at = row * shape.length() + begin, measured = std::clamp<int64_t>(shape.measured - begin, 0, count);
     const double r = rstd[row], w = weight ? weight[group * shape.k + parameter] : 1;
     const double inside[] = {mean[row], r * w, -r * r * flows[row].slope, -r * flows[row].constant}, outside[] = {0, r * w, 0, 0};
-    if (measured > 0) apply_run<BackwardMap>(x + at, dy + at, dx + at, measured, inside);
-    if (measured < count) apply_run<BackwardMap>(x + at + measured, dy + at + measured, dx + at + measured, count - measured, outside);
+    if (measured > 0) apply_run<BackwardMap>(x + at, dy + at, dx + at, measured, inside, to);
+    if (measured < count) apply_run<BackwardMap>(x + at + measured, dy + at + measured, dx + at + measured, count - measured, outside, to);
   };
-  by_rows(shape, count, count, measure, merge, finish);
+  const auto ahead = [&](int64_t row, int64_t i) {
+    const int64_t at = row * shape.length() + pieces[i].begin;
+    prefetch(x + at, pieces[i].count * sizeof(T));
+    prefetch(dy + at, pieces[i].count * sizeof(T));
+  };
+  by_rows(shape, count, count, measure, merge, finish, ahead);
   if (!dweight) return;
   std::fill_n(dweight, parameters, 0.0), std::fill_n(dbias, parameters, 0.0);
   for (int64_t row = 0; row < shape.rows; row += shape.groups)
@@ -235,16 +257,20 @@ bool reduce_columns(const T* dy, const T* x, int64_t count, double mean, double 
 // dx of some columns; adds dy * h and dy to their running sums.
 template <class V, class T, class Running>
 void finish_columns(const T* dy, const T* x, T* dx, int64_t count, double mean, double rstd, const ParameterRow& weight, int64_t p,
-                    Flow flow, Running* dweight, Running* dbias) {
+                    Flow flow, Running* dweight, Running* dbias, To to) {
   const Standard<V> standard(mean, rstd);
   const V constant = splat<V>(flow.constant), slope = splat<V>(flow.slope), scale = splat<V>(rstd);
   const auto* w = weight.at<V>(p);
-  for_vectors<V>(count, [&](const auto& get, const auto& put) EQUINORM_INLINE {
+  const auto body = [&](const auto& get, const auto& put, const auto& result) EQUINORM_INLINE {
     const V d = get(dy), h = standard(get(x));
-    put(dx, scale * (d * get(w) - (constant + h * slope)));
+    result(dx, scale * (d * get(w) - (constant + h * slope)));
     put(dweight, get(dweight) + d * h);
     put(dbias, get(dbias) + d);
-  });
+  };
+  if (to == To::memory && aligned<V>(dx))
+    for_vectors<V, To::memory>(count, body);
+  else
+    for_vectors<V, To::caches>(count, body);
 }
 
 // Sums down the rows for the gradients of some columns' parameters: in float for a few samples, then handed over to doubles.
@@ -272,6 +298,7 @@ void backward_columns(const T* dy, const T* x, const double* weight, const doubl
   Buffer<double> sums_weight(parts * parameters), sums_bias(parts * parameters);
   std::vector<Sums> sums(shape.rows * count);
   std::vector<char> narrow(shape.rows * count);
+  const To to = destination(shape.rows * shape.length() * sizeof(T));
 
   const auto measure = [&](int64_t row, int64_t group, int64_t i) {
     const int64_t at = row * shape.length() + pieces[i].begin, p = group * shape.k + pieces[i].parameter, slot = row * count + i;
@@ -293,9 +320,9 @@ void backward_columns(const T* dy, const T* x, const double* weight, const doubl
       if constexpr (in_float<T>)
         if (narrow[row * count + i] && abs(sent.constant) <= kLargest && abs(sent.slope) <= kLargest)
           return finish_columns<Floats>(dy + at, x + at, dx + at, length, mean[row], rstd[row], w, p, sent, &running.weight[p - origin],
-                                        &running.bias[p - origin]);
+                                        &running.bias[p - origin], to);
       const int64_t slot = n / height * parameters + p;
-      finish_columns<Doubles>(dy + at, x + at, dx + at, length, mean[row], rstd[row], w, p, sent, &sums_weight[slot], &sums_bias[slot]);
+      finish_columns<Doubles>(dy + at, x + at, dx + at, length, mean[row], rstd[row], w, p, sent, &sums_weight[slot], &sums_bias[slot], to);
     };
     if (measured > 0) stretch(0, measured, sent);
     if (measured < pieces[i].count) stretch(measured, pieces[i].count - measured, {0, 0});

@@ -237,12 +237,21 @@ EQUINORM_INLINE inline bool fit_floats(const double* p, float* out) {
   return fit;
 }
 
+template <class V, class T>
+bool aligned(const T* to) {
+  return reinterpret_cast<uintptr_t>(to) % (lanes<V> * sizeof(T)) == 0;
+}
+
 // out[i] = map(x[i], dy[i]) for the vector at i; `in` is the map with its parameters.
-template <class Map, class V, class T>
+template <class Map, class V, To to, class T>
 EQUINORM_INLINE inline void apply_at(const typename Map::template In<V>& in, const T* x, const T* dy, T* out, int64_t i) {
   V g{};
   if constexpr (Map::kGradient) g = load<V>(dy + i);
-  store(out + i, in(load<V>(x + i), g));
+  const V y = in(load<V>(x + i), g);
+  if constexpr (to == To::memory)
+    stream(out + i, y);
+  else
+    store(out + i, y);
 }
 
 template <class Map, class V, class T>
@@ -252,43 +261,50 @@ void apply_part(const typename Map::template In<V>& in, const T* x, const T* dy,
   store_part(out, in(load_part<V>(x, count), g), count);
 }
 
-// The map with one set of parameters for the whole run. The last vector of a run reaches back: the same values are stored again.
+// in(i) is the map at element i. The last vector of a run reaches back: the same values are stored again.
+template <class Map, class V, To to, class T, class In>
+EQUINORM_INLINE inline void apply_vectors(const T* x, const T* dy, T* out, int64_t count, const In& in) {
+  int64_t i = 0;
+  for (; i + lanes<V> <= count; i += lanes<V>) apply_at<Map, V, to>(in(i), x, dy, out, i);
+  if (i < count) apply_at<Map, V, To::caches>(in(count - lanes<V>), x, dy, out, count - lanes<V>);
+}
+
+// The map with one set of parameters for the whole run.
 template <class Map, class V, class T>
-EQUINORM_INLINE inline void apply_fixed(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters) {
+EQUINORM_INLINE inline void apply_fixed(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters, To to) {
   const typename Map::template In<V> in([&](int m) EQUINORM_INLINE { return splat<V>(parameters[m]); });
   if (count < lanes<V>) return apply_part<Map, V>(in, x, dy, out, count);
-  int64_t i = 0;
-  for (; i + lanes<V> <= count; i += lanes<V>) apply_at<Map, V>(in, x, dy, out, i);
-  if (i < count) apply_at<Map, V>(in, x, dy, out, count - lanes<V>);
+  const auto everywhere = [&](int64_t) EQUINORM_INLINE { return in; };
+  if (to == To::memory && aligned<V>(out)) return apply_vectors<Map, V, To::memory>(x, dy, out, count, everywhere);
+  apply_vectors<Map, V, To::caches>(x, dy, out, count, everywhere);
 }
 
 template <class Map, class T>
-[[gnu::noinline]] void apply_fixed_in_double(const T* x, const T* dy, T* out, int64_t count, const double* parameters) {
-  apply_fixed<Map, Doubles>(x, dy, out, count, parameters);
+[[gnu::noinline]] void apply_fixed_in_double(const T* x, const T* dy, T* out, int64_t count, const double* parameters, To to) {
+  apply_fixed<Map, Doubles>(x, dy, out, count, parameters, to);
 }
 
 template <class Map, class T>
-void apply_run(const T* x, const T* dy, T* out, int64_t count, const double* parameters) {
+void apply_run(const T* x, const T* dy, T* out, int64_t count, const double* parameters, To to) {
   if constexpr (in_float<T>) {
     float cut[Map::kParameters];
-    if (count >= lanes<Floats> && fit_floats<Map>(parameters, cut)) return apply_fixed<Map, Floats>(x, dy, out, count, cut);
+    if (count >= lanes<Floats> && fit_floats<Map>(parameters, cut)) return apply_fixed<Map, Floats>(x, dy, out, count, cut, to);
   }
-  apply_fixed_in_double<Map>(x, dy, out, count, parameters);
+  apply_fixed_in_double<Map>(x, dy, out, count, parameters, to);
 }
 
 // The map with parameters for each column, `stride` apart in memory.
 template <class Map, class V, class T>
-EQUINORM_INLINE inline void apply_columns(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters,
-                                                 int64_t stride) {
+EQUINORM_INLINE inline void apply_columns(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters, int64_t stride,
+                                          To to) {
   using In = typename Map::template In<V>;
+  if (count < lanes<V>)
+    return apply_part<Map, V>(In([&](int m) EQUINORM_INLINE { return load_part<V>(parameters + m * stride, count); }), x, dy, out, count);
   const auto in = [&](int64_t i) EQUINORM_INLINE {
     return In([&](int m) EQUINORM_INLINE { return load<V>(parameters + m * stride + i); });
   };
-  if (count < lanes<V>)
-    return apply_part<Map, V>(In([&](int m) EQUINORM_INLINE { return load_part<V>(parameters + m * stride, count); }), x, dy, out, count);
-  int64_t i = 0;
-  for (; i + lanes<V> <= count; i += lanes<V>) apply_at<Map, V>(in(i), x, dy, out, i);
-  if (i < count) apply_at<Map, V>(in(count - lanes<V>), x, dy, out, count - lanes<V>);
+  if (to == To::memory && aligned<V>(out)) return apply_vectors<Map, V, To::memory>(x, dy, out, count, in);
+  apply_vectors<Map, V, To::caches>(x, dy, out, count, in);
 }
 
 }  // namespace equinorm
