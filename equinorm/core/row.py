@@ -58,10 +58,9 @@ def row_norm(
         "k": length,
         "s": 1,
         "measured": measured or length,
-        "eps": eps,
         "centered": centered,
     }
-    return _Rows.apply(kernels, shape, lambda *t: _plain_row(t[0], dims, t[1], t[2], eps, centered, measured, None), x, weight, bias)
+    return _rows(kernels, shape, eps, lambda *t: _plain_row(t[0], dims, t[1], t[2], eps, centered, measured, None), x, weight, bias)
 
 
 def group_norm(
@@ -83,8 +82,8 @@ def group_norm(
     k = x.shape[1] // groups
     rows = x.shape[0] * groups
     s = x.shape[2:].numel()
-    shape = {"rows": rows, "groups": groups, "k": k, "s": s, "measured": k * s, "eps": eps, "centered": True}
-    return _Rows.apply(kernels, shape, lambda *t: channel_norm(t[0], rule, *t[1:], impl="plain")[0], x, weight, bias)
+    shape = {"rows": rows, "groups": groups, "k": k, "s": s, "measured": k * s, "centered": True}
+    return _rows(kernels, shape, eps, lambda *t: channel_norm(t[0], rule, *t[1:], impl="plain")[0], x, weight, bias)
 
 
 def _plain_row(
@@ -118,12 +117,20 @@ def _plain_row(
     return normalized.to(x.dtype)
 
 
+def _rows(kernels: Any, shape: dict[str, Any], eps: float, plain: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Rows.apply(kernels, shape, eps, plain, x, weight, bias)
+    return kernels.row_forward(x, weight, bias, eps=eps, **shape)[0]
+
+
 class _Rows(torch.autograd.Function):
     """Statistics and normalization of a row while it is in cache; the backward likewise."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: Any, shape: dict[str, Any], plain: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        y, mean, rstd = kernels.row_forward(x, weight, bias, **shape)
+    def forward(
+        ctx: Any, kernels: Any, shape: dict[str, Any], eps: float, plain: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        y, mean, rstd = kernels.row_forward(x, weight, bias, eps=eps, **shape)
         ctx.kernels, ctx.shape, ctx.plain = kernels, shape, plain
         ctx.save_for_backward(x, weight, bias)
         ctx.small = mean, rstd
@@ -132,16 +139,18 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
+        wanted = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():
             sources = [t for t, need in zip(inputs, wanted, strict=True) if need]
             grads = iter(torch.autograd.grad(ctx.plain(*inputs), sources, dy, create_graph=True))
-            return (None, None, None, *(next(grads) if need else None for need in wanted))
+            return (None, None, None, None, *(next(grads) if need else None for need in wanted))
         x, weight, bias = inputs
-        shape = {key: value for key, value in ctx.shape.items() if key != "eps"}
-        dx, dweight, dbias = ctx.kernels.row_backward(like(dy, x), x, weight, *ctx.small, wanted=wanted, **shape)
-        return None, None, None, dx, _as(dweight, weight), _as(dbias, bias)
+        dx, dweight, dbias = ctx.kernels.row_backward(like(dy, x), x, weight, *ctx.small, wanted=wanted, **ctx.shape)
+        return None, None, None, None, dx, _as(dweight, weight), _as(dbias, bias)
 
 
 def _as(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if grad is None or parameter is None else grad.reshape(parameter.shape).to(parameter.dtype)
+    if grad is None or parameter is None:
+        return None
+    grad = grad if grad.shape == parameter.shape else grad.reshape(parameter.shape)
+    return grad if grad.dtype is parameter.dtype else grad.to(parameter.dtype)

@@ -63,7 +63,7 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``(x - center) * scale + shift``, with small tensors (N | 1, C | 1)."""
     n, c, s, channels_last = _shape(x)
     y = torch.empty_like(x)
-    torch.ops.equinorm.channel_affine.default(x, _small(center, c), _small(scale, c), _small(shift, c), y, n, c, s, channels_last)
+    torch.ops.equinorm.channel_affine.default(x, small(center, c), small(scale, c), small(shift, c), y, n, c, s, channels_last)
     return y
 
 
@@ -72,7 +72,7 @@ def reduce(dy: Tensor, x: Tensor, center: Tensor, per: Per) -> tuple[Tensor, Ten
     n, c, s, channels_last = _shape(x)
     rows = n if per == "sample" else 1
     sum_dy, sum_dy_x = torch.empty(rows, c, dtype=torch.float64), torch.empty(rows, c, dtype=torch.float64)
-    torch.ops.equinorm.channel_reduce.default(dy, x, _small(center, c), sum_dy, sum_dy_x, n, c, s, channels_last)
+    torch.ops.equinorm.channel_reduce.default(dy, x, small(center, c), sum_dy, sum_dy_x, n, c, s, channels_last)
     return sum_dy, sum_dy_x
 
 
@@ -80,8 +80,8 @@ def backward(dy: Tensor, x: Tensor, center: Tensor, scale: Tensor, slope: Tensor
     """``scale * dy + slope * (x - center) + offset``, with small tensors (N | 1, C | 1). ``dy`` has the dtype and layout of x."""
     n, c, s, channels_last = _shape(x)
     dx = torch.empty_like(x)
-    small = _small(center, c), _small(scale, c), _small(slope, c), _small(offset, c)
-    torch.ops.equinorm.channel_backward.default(dy, x, *small, dx, n, c, s, channels_last)
+    parts = small(center, c), small(scale, c), small(slope, c), small(offset, c)
+    torch.ops.equinorm.channel_backward.default(dy, x, *parts, dx, n, c, s, channels_last)
     return dx
 
 
@@ -128,11 +128,15 @@ def row_backward(
     measured: int,
     centered: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of :func:`row_forward` to x, weight and bias; those of the parameters are (groups * k,), and None unless ``wanted``."""
+    """Gradients of :func:`row_forward` to x, weight and bias.
+
+    Those of the parameters are (groups * k,) in the weight's dtype, float64 without one, and None unless ``wanted``.
+    """
     dx = torch.empty_like(x)
-    dweight = torch.empty(groups * k, dtype=torch.float64) if wanted[1] else None
-    dbias = torch.empty(groups * k, dtype=torch.float64) if wanted[2] else None
     weight = _parameter(weight)
+    dtype = torch.float64 if weight is None else weight.dtype
+    dweight = torch.empty(groups * k, dtype=dtype) if wanted[1] else None
+    dbias = torch.empty(groups * k, dtype=dtype) if wanted[2] else None
     torch.ops.equinorm.row_backward.default(dy, x, weight, mean, rstd, dx, dweight, dbias, rows, groups, k, s, measured, centered)
     return dx, dweight, dbias
 
@@ -147,8 +151,8 @@ def _shape(x: Tensor) -> tuple[int, int, int, bool]:
     return n, c, x.numel() // (n * c), not x.is_contiguous()
 
 
-def _small(t: Tensor, c: int) -> Tensor:
-    """A small tensor (N | 1, C | 1) as the kernels take it: float64, contiguous, (N | 1, C)."""
+def small(t: Tensor, c: int) -> Tensor:
+    """A small tensor (N | 1, C | 1) as the kernels of either device take it: float64, contiguous, (N | 1, C)."""
     if t.dtype is torch.float64 and t.shape[1] == c and t.is_contiguous():
         return t  # the usual case, at a tenth of the price of what follows
     return t.expand(t.shape[0], c).to(torch.float64).contiguous()

@@ -228,6 +228,13 @@ inline double load_one(const float16* from) {
 #endif
 }
 
+inline void store_one(double* to, double value) { *to = value; }
+inline void store_one(float* to, double value) { *to = static_cast<float>(value); }
+template <class T>
+void store_one(T* to, double value) {
+  store_part(to, splat<Doubles>(value), 1);
+}
+
 // The lanes from `first` on; the others are 0.
 template <class V>
 V lanes_from(V values, int64_t first) {

@@ -218,25 +218,30 @@ void row_backward_op(const Tensor& dy, const Tensor& x, const OptionalTensor& we
   check_data(op, "dx", dx, x, rows * shape.length(), false);
   check_statistic(op, "mean", mean, rows);
   check_statistic(op, "rstd", rstd, rows);
-  Buffer<double> w, unwanted;
-  double *dw = nullptr, *db = nullptr;
-  const auto wanted = [&](const char* name, const OptionalTensor& t) {
-    if (!t) {
-      unwanted.resize(shape.parameters());
-      return unwanted.data();
-    }
-    check_small(op, name, *t);
+  // The gradients of both parameters are summed if any is wanted, in double, and rounded once.
+  Buffer<double> w, dw, db;
+  const auto check_gradient = [&](const char* name, const OptionalTensor& t) {
+    if (!t) return;
+    REQUIRE(t->is_cpu() && t->is_contiguous(), name, " must be a contiguous tensor on the CPU");
     REQUIRE(t->numel() == shape.parameters(), name, " must have groups * k = ", shape.parameters(), " elements, got ", t->numel());
-    return static_cast<double*>(t->mutable_data_ptr());
   };
+  check_gradient("dweight", dweight), check_gradient("dbias", dbias);
   if (weight || dweight || dbias) {
     w = parameter(op, "weight", weight, shape.parameters(), 1);
-    dw = wanted("dweight", dweight);
-    db = wanted("dbias", dbias);
+    dw.resize(shape.parameters()), db.resize(shape.parameters());
   }
   dispatch(op, x.scalar_type(), [&]<class T>(T*) {
-    row_backward(in<T>(dy), in<T>(x), w.empty() ? nullptr : w.data(), in<double>(mean), in<double>(rstd), out<T>(dx), dw, db, shape);
+    row_backward(in<T>(dy), in<T>(x), w.empty() ? nullptr : w.data(), in<double>(mean), in<double>(rstd), out<T>(dx),
+                 w.empty() ? nullptr : dw.data(), w.empty() ? nullptr : db.data(), shape);
   });
+  const auto write = [&](const OptionalTensor& t, const Buffer<double>& values) {
+    if (!t) return;
+    dispatch(op, t->scalar_type(), [&]<class T>(T*) {
+      T* const to = static_cast<T*>(t->mutable_data_ptr());
+      for (int64_t i = 0; i < shape.parameters(); ++i) store_one(to + i, values[i]);
+    });
+  };
+  write(dweight, dw), write(dbias, db);
 }
 
 // One channel's running estimates, unless what they would become is not finite in their own type.
