@@ -158,12 +158,16 @@ from equinorm.gan.lazy import lazy_adam_hparams as lazy_adam_hparams
 from equinorm.gan.minibatch_std import MinibatchStdDev as MinibatchStdDev
 from equinorm.gan.path_length import PathLengthPenalty as PathLengthPenalty
 
+# How weights begin
+from equinorm import init as init
+
 # The catalogue and the choice of implementation
 from equinorm.catalogue import create as create
 from equinorm.catalogue import find as find
 from equinorm.facts import Facts as Facts
 from equinorm.facts import Paper as Paper
 from equinorm.kernels import plain as plain
+from equinorm.kernels.pages import reuse_pages as reuse_pages
 
 # Instruments, loaded when first used
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ COMMANDS = (
     ("compare", "train a task with each norm, batch size and seed, and report", "equinorm.compare.command"),
     ("demo", "compare norms on scikit-learn's digits, in a few minutes", "equinorm.compare.demo"),
     ("trains", "train a small network with every method: first and last loss", "equinorm.trains.command"),
+    ("bench", "time the norms beside torch's and others on this machine", "equinorm.bench.command"),
     ("list", "the catalogue of methods, by family and property", "equinorm.catalogue_list"),
     ("show", "one method: formula, what it pools over, when to choose it", "equinorm.catalogue_show"),
     ("info", "versions, machine, kernels", "equinorm.compare.environment"),

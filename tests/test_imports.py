@@ -35,9 +35,10 @@ MAY_IMPORT |= {
     "catalogue_list": {"catalogue"},
     "catalogue_show": {"catalogue", "catalogue_list"},
     "surgery": _METHODS | {"catalogue", "equinorm"},
-    "compare": _METHODS | {"catalogue", "surgery", "init", "equinorm"},
+    "page": set(),  # style and figures of HTML reports
+    "compare": _METHODS | {"catalogue", "surgery", "init", "page", "equinorm"},
 }
-MAY_IMPORT |= {"trains": {"compare", "catalogue", "equinorm"}}
+MAY_IMPORT |= {"trains": {"compare", "catalogue", "equinorm"}, "bench": _METHODS | {"compare", "catalogue", "equinorm"}}
 MAY_IMPORT |= {"recipes": set(MAY_IMPORT) | {"equinorm"}, "cli": set(MAY_IMPORT) | {"recipes", "equinorm"}, "__main__": {"cli"}}
 
 # The parts that a model imports; they load torch and nothing else from outside.
