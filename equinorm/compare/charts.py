@@ -1,35 +1,23 @@
-"""The report's figures: SVG drawn by matplotlib, coloured by the page's style sheet.
-
-Matplotlib draws with placeholder colours, each of which is then replaced by a variable of the style sheet, so that one drawing serves light
-and dark. Text stays text and takes the page's font.
-"""
+"""The report's figures."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
-import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from equinorm.compare.findings import label
 from equinorm.compare.norms import NO_NORM
 from equinorm.compare.results import Comparison, Row
+from equinorm.page.svg import PAPER, drawing, markup, series
 
-INK, MUTED, GRID, PAPER = "#000001", "#000002", "#000003", "#000004"
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
-
-COLOURS = 7  # of --norm-1 ... --norm-7; --norm-0 is for no norm
+COLOURS = 7  # of --series-1 ... --series-7; --series-0 is for no norm
 MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"))
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
 
@@ -65,11 +53,11 @@ def styles(norms: Sequence[str]) -> list[Style]:
     found, used = [], 0
     for index, norm in enumerate(norms):
         if norm == NO_NORM:
-            found.append(Style(norm, index, "--norm-0", "#000100", "o", "○", DASHES[1]))
+            found.append(Style(norm, index, "--series-0", series(0), "o", "○", DASHES[1]))
             continue
         colour, again = used % COLOURS, used // COLOURS
         marker, glyph = MARKERS[(colour + again) % len(MARKERS)]
-        found.append(Style(norm, index, f"--norm-{colour + 1}", f"#0001{colour + 1:02x}", marker, glyph, DASHES[again % len(DASHES)]))
+        found.append(Style(norm, index, f"--series-{colour + 1}", series(colour + 1), marker, glyph, DASHES[again % len(DASHES)]))
         used += 1
     return found
 
@@ -80,11 +68,11 @@ def by_batch_size(comparison: Comparison, name: str, limits: tuple[float, float]
     def value(row: Row) -> tuple[float, ...] | None:
         return (row.interval.median, row.interval.low, row.interval.high) if row.interval else None
 
-    with _drawing(name, NARROW if narrow else WIDE) as (figure, axes):
+    with drawing(name, NARROW if narrow else WIDE) as (figure, axes):
         _lines(axes, name, comparison, value)
         axes.set_ylabel(label(comparison.metric_key))
         axes.set_ylim(limits)
-    return _svg(figure, name, f"{label(comparison.metric_key)} against batch size, one line per norm")
+    return markup(figure, name, f"{label(comparison.metric_key)} against batch size, one line per norm")
 
 
 def close_up(comparison: Comparison) -> tuple[float, float] | None:
@@ -103,7 +91,7 @@ def close_up(comparison: Comparison) -> tuple[float, float] | None:
 def learning_curves(comparison: Comparison, name: str, batch_size: int) -> Markup:
     """The metric against the epoch at one batch size: the median over seeds thick, each seed thin."""
     key = curve_key(comparison)
-    with _drawing(name, PANEL) as (figure, axes):
+    with drawing(name, PANEL) as (figure, axes):
         for style in styles(comparison.plan.norms):
             curves = [_gaps(outcome.history[key]) for outcome in comparison.row(style.norm, batch_size).measured if key in outcome.history]
             for index, curve in enumerate(curves):
@@ -118,7 +106,7 @@ def learning_curves(comparison: Comparison, name: str, batch_size: int) -> Marku
         axes.set_xlabel("epoch")
         axes.set_ylabel(label(key))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    return _svg(figure, name, f"{label(key)} against epoch at batch size {batch_size}, one line per norm")
+    return markup(figure, name, f"{label(key)} against epoch at batch size {batch_size}, one line per norm")
 
 
 def step_time(comparison: Comparison, name: str) -> Markup:
@@ -129,11 +117,11 @@ def step_time(comparison: Comparison, name: str) -> Markup:
         seconds = row.seconds_per_step if steps else row.seconds_per_epoch
         return None if seconds is None else (seconds * (1000 if steps else 1),) * 3
 
-    with _drawing(name, PANEL) as (figure, axes):
+    with drawing(name, PANEL) as (figure, axes):
         _lines(axes, name, comparison, value)
         axes.set_ylabel("ms per step" if steps else "s per epoch")
         axes.set_ylim(bottom=0)
-    return _svg(figure, name, f"time per {'step' if steps else 'epoch'} against batch size, one line per norm")
+    return markup(figure, name, f"time per {'step' if steps else 'epoch'} against batch size, one line per norm")
 
 
 def memory(comparison: Comparison, name: str) -> Markup:
@@ -142,11 +130,11 @@ def memory(comparison: Comparison, name: str) -> Markup:
     def value(row: Row) -> tuple[float, ...] | None:
         return None if row.peak_memory is None else (row.peak_memory / 2**20,) * 3
 
-    with _drawing(name, PANEL) as (figure, axes):
+    with drawing(name, PANEL) as (figure, axes):
         _lines(axes, name, comparison, value)
         axes.set_ylabel("peak memory, MiB")
         axes.set_ylim(bottom=0)
-    return _svg(figure, name, "peak memory against batch size, one line per norm")
+    return markup(figure, name, "peak memory against batch size, one line per norm")
 
 
 def curve_key(comparison: Comparison) -> str:
@@ -187,50 +175,3 @@ def _lines(axes: Axes, name: str, comparison: Comparison, value: Callable[[Row],
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
     axes.set_xlim(sizes[0] / 2**0.4, sizes[-1] * 2**0.4)
     axes.set_xlabel("batch size")
-
-
-@contextmanager
-def _drawing(name: str, size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,  # identifiers differ between the figures of a page, and not between two runs
-        "font.size": 12,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": MUTED,
-        "axes.facecolor": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": GRID,
-        "grid.linewidth": 1,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "figure.facecolor": "none",
-    }
-    with mpl.rc_context(settings):
-        figure = Figure(figsize=size, dpi=72, layout="constrained")
-        yield figure, figure.add_subplot()
-
-
-def _svg(figure: Figure, name: str, description: str) -> Markup:
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML prologue and document type; they, and namespaces, have no place inside HTML
-    svg = re.sub(r' (xmlns(:\w+)?|width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # matplotlib's own names, the same in every figure of the page
-    svg = re.sub(r"font(-family)?: ?[^;\"]*sans-serif[^;\"]*", _font, svg)
-    for placeholder in set(re.findall(r"#0000\d\d|#0001\d\d", svg)):
-        variable = VARIABLES.get(placeholder) or f"--norm-{int(placeholder[-2:], 16)}"
-        svg = svg.replace(placeholder, f"var({variable})")
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(description)}"', 1))
-
-
-def _font(match: re.Match[str]) -> str:
-    size = re.search(r"[\d.]+px", match[0])
-    return f"font-size: {size[0]}" if size else "font-family: inherit"

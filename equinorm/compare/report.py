@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
 from equinorm.compare import charts
@@ -19,6 +18,7 @@ from equinorm.compare.environment import versions
 from equinorm.compare.findings import findings, interval_statement, label, number, progress
 from equinorm.compare.outcomes import FAILURES, Failed, FailureKind
 from equinorm.compare.results import Comparison, Row, at_edge
+from equinorm.page.templates import templates
 
 
 def write_report(comparisons: Sequence[Comparison], path: Path) -> Path:
@@ -31,13 +31,7 @@ def write_report(comparisons: Sequence[Comparison], path: Path) -> Path:
     Returns:
         The path.
     """
-    environment = Environment(
-        loader=PackageLoader("equinorm.compare", "."),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("equinorm.compare")
     environment.filters.update(label=label, breakable=_breakable)
     template = environment.get_template("report.html.j2")
     sections = [_section(comparison, f"c{index}") for index, comparison in enumerate(comparisons)]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
+from equinorm.compare import loading
 from equinorm.compare.errors import InputError
 
 BUILT_IN: dict[str, str] = {
@@ -46,8 +43,8 @@ class Task:
             raise InputError(
                 f"unknown task {name!r}: {suggestion}Built in are {', '.join(BUILT_IN)}; name yours file.py:function or module:function"
             )
-        self.module = _file_module(name, Path(place)) if place.endswith(".py") else _module(name, place)
-        self.function = _function(name, self.module, function)
+        self.module = loading.module(f"task {name!r}", place)
+        self.function = loading.function(f"task {name!r}", self.module, function)
         missing = [parameter for parameter in REQUIRED if not self.accepts(parameter)]
         if missing:
             raise InputError(
@@ -143,44 +140,3 @@ def states(*, metric: str = "", direction: str = "", check: Callable[..., None] 
         return function
 
     return decorate
-
-
-def _function(task: str, module: ModuleType, name: str) -> Callable[..., Any]:
-    function = getattr(module, name, None)
-    if function is None:
-        here = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
-        near = difflib.get_close_matches(name, here, n=2, cutoff=0.5)
-        suggestion = f"did you mean {' or '.join(near)}?" if near else f"its functions are {', '.join(here) or 'none'}"
-        raise InputError(f"task {task!r}: {module.__name__} has no function {name!r}; {suggestion}")
-    if not callable(function):
-        raise InputError(f"task {task!r}: {name!r} is not a function but {type(function).__name__}")
-    return function
-
-
-def _module(task: str, name: str) -> ModuleType:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a console script does not start with the current folder on its path, python -m does
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"task {task!r}: module {name!r} cannot be imported: {error}") from error
-    except Exception as error:
-        raise InputError(f"task {task!r}: module {name!r} fails when it is imported: {type(error).__name__}: {error}") from error
-
-
-def _file_module(task: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InputError(f"task {task!r}: there is no file {path}")
-    path = path.resolve()
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as when Python runs the file, so that it finds its neighbours
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"task {task!r}: {path.name} fails when it is imported: {type(error).__name__}: {error}") from error
-    return module

@@ -174,7 +174,7 @@ def test_report_shows_each_norm_in_its_colour_in_every_figure(tmp_path):
         assert html.count(f'id="c0-main-n{index}-line"') == 1
         assert f"#c0:has(#c0-show{index}:not(:checked)) [id*=&#34;-n{index}-&#34;]" not in html
         assert f'#c0:has(#c0-show{index}:not(:checked)) [id*="-n{index}-"]' in html
-    assert len(set(re.findall(r"var\((--norm-\d)\)", html))) == 8
+    assert len(set(re.findall(r"var\((--series-\d)\)", html))) == 8
 
 
 def test_median_over_seeds_is_what_the_curve_shows():
