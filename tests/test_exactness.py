@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import equinorm
+from equinorm.bench.exactness import far, magnitude, one_sided
 from tests.helpers import assert_close, assert_grads_close
 from tests.tolerances import relative_error
 
@@ -53,14 +54,14 @@ def compare_with_float64(module, x):
 @layouts
 @channel_norms
 def test_far_from_zero(name, layout, ratio):
-    x = (torch.randn(4, 8, 12, 12) + ratio).to(memory_format=LAYOUTS[layout])
+    x = far((4, 8, 12, 12), ratio).to(memory_format=LAYOUTS[layout])
     compare_with_float64(make(name), x)
 
 
 @pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("name", ROW)
 def test_rows_far_from_zero(name, ratio):
-    compare_with_float64(make(name), torch.randn(40, 96) + ratio)
+    compare_with_float64(make(name), far((40, 96), ratio))
 
 
 @pytest.mark.parametrize("std", [1e-30, 1e-18, 1e18, 1e30, 5e37])
@@ -68,7 +69,7 @@ def test_rows_far_from_zero(name, ratio):
 @channel_norms
 def test_extreme_magnitudes(name, layout, std):
     """The answer is that of an ordinary Gaussian in other units: never zeros, NaN or infinity."""
-    x = (torch.randn(4, 8, 6, 6).clamp(-4, 4) * std).to(memory_format=LAYOUTS[layout])
+    x = magnitude((4, 8, 6, 6), std).to(memory_format=LAYOUTS[layout])
     # eps stands for nothing where it is far below the variance; where it is far above, the answer is 0 by right.
     module = make(name, eps=0.0 if std < 1 else 1e-5)
     exact = copy.deepcopy(module).double()
@@ -85,7 +86,7 @@ def test_extreme_magnitudes(name, layout, std):
 @pytest.mark.parametrize("name", ROW)
 def test_rows_of_extreme_magnitude(name, std):
     module = make(name, eps=0.0 if std < 1 else 1e-5)
-    x = torch.randn(40, 96).clamp(-4, 4) * std
+    x = magnitude((40, 96), std)
     want = copy.deepcopy(module).double()(x.double())
     assert_close(module(x), want)
 
@@ -94,7 +95,7 @@ def test_rows_of_extreme_magnitude(name, std):
 @pytest.mark.parametrize("name", ["batch", "group", "instance"])
 def test_a_million_values_per_statistic(name, layout):
     """relu(x) + 3 in blocks of a million and more: naive float32 sums lose three digits here."""
-    x = (torch.randn(2, 8, 520, 520).relu() + 3).to(memory_format=LAYOUTS[layout])
+    x = one_sided((2, 8, 520, 520)).to(memory_format=LAYOUTS[layout])
     module = make(name)
     want = copy.deepcopy(module).double()(x.double())
     assert_close(module(x), want)

@@ -52,7 +52,7 @@ def draw(compared: Sequence[SideBySide], circumstances: Mapping[str, Any], path:
         lowest, highest = right.get_xlim()
         right.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if lowest <= tick <= highest])
         left.set_yticks(range(len(norms)), norms)
-        left.invert_yaxis()
+        left.set_ylim(len(norms) - 0.4, -0.6)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, labelcolor=ink)
         measured = f"{circumstances['processor']}, {circumstances['threads']} threads, {circumstances['date']}, pages {pages}"

@@ -21,6 +21,7 @@ import equinorm
 from equinorm.bench.grid import LAYOUTS, Layout
 from equinorm.bench.measure import compilation
 from equinorm.bench.table import show
+from equinorm.compare.errors import InputError
 
 BOUNDS = {torch.float32: (1e-6, 2e-6), torch.bfloat16: (4e-3, 4e-3), torch.float16: (6e-4, 6e-4)}  # of output and gradient
 SHAPE, GROUPS, ROWS = (8, 16, 24, 24), 4, (512, 384)
@@ -206,6 +207,8 @@ def run(arguments: Namespace) -> int:
     compiled = arguments.compile not in (None, "none")
     who = ["torch", *["torch, compiled"] * compiled, "ours"]
     names = [name for name in NORMS if name in arguments.norms]
+    if not names:
+        raise InputError(f"--exactness knows {', '.join(NORMS)}; got {', '.join(arguments.norms)}")
     lines, beyond = [], []
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(0)

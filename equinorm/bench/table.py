@@ -11,7 +11,7 @@ from equinorm.bench.grid import written
 from equinorm.bench.measure import Timing
 
 WIDTH_OF_A_FILE = 140
-HEAD = f"{'norm':<20}{'shape':<16}{'type':<9}{'layout':<14}{'pass':<8}{'ms':>9}{'GB/s':>7}{'of copy':>9}  peers: ms and their time / ours"
+HEAD = f"{'norm':<22}{'shape':<16}{'type':<9}{'layout':<14}{'pass':<8}{'ms':>9}{'GB/s':>7}{'of copy':>9}  peers: ms and their time / ours"
 
 
 def row(one: SideBySide, notes: Iterable[Timing]) -> str:
@@ -22,7 +22,7 @@ def row(one: SideBySide, notes: Iterable[Timing]) -> str:
     beside = [f"{who} {seconds * 1e3:.4g} ({seconds / ours.seconds:.2f})" for who, seconds in one.peers.items()]
     beside += [f"{timing.who} {timing.note}" for timing in notes]
     return (
-        f"{entry.norm:<20}{written(entry.shape):<16}{entry.dtype:<9}{entry.layout:<14}{entry.of:<8}{ours.seconds * 1e3:>9.4g}"
+        f"{entry.norm:<22}{written(entry.shape):<16}{entry.dtype:<9}{entry.layout:<14}{entry.of:<8}{ours.seconds * 1e3:>9.4g}"
         f"{ours.bandwidth / 1e9:>7.3g}{ours.of_copy:>9.0%}  {'; '.join(beside) or 'none'}"
     )
 
