@@ -18,9 +18,12 @@ from equinorm.surgery.optimizers import exchange, named
 from equinorm.surgery.places import evaluating, owners, replace
 from equinorm.surgery.plan import Change, Plan, Refusal
 from equinorm.surgery.population import Regression, moments_along
-from equinorm.surgery.record import attach, record_of, remember
+from equinorm.surgery.record import Replaced, attach, record_of, remember
 from equinorm.surgery.target import Target, To, pooled
 
+_Affine = tuple[Tensor | None, Tensor | None]
+BY_DATA = "the output on the calibration data: weight and bias fitted by least squares"
+BY_ESTIMATES = "the output in expectation: weight and bias fitted to the running estimates"
 SAME_STATE = ("batch", "sync_batch", "ghost_batch")  # one meaning of weight, bias and running estimates
 
 
@@ -36,6 +39,9 @@ class _Replacement:
     seen: Moments | None = None
     fit: Regression = field(default_factory=Regression)
     affine_last: bool = True  # whether weight and bias come last in the new norm, so that a line can be fitted
+    fitted: _Affine | None = None
+    expected: _Affine | None = None
+    origin: Replaced | None = None
 
     def __post_init__(self) -> None:
         self.norm = read(self.new)
@@ -122,19 +128,18 @@ def swap(
         before = [] if batches is None else _calibrated(model, replacements, forward, batches)
         for replacement in replacements:
             _fill(replacement, calibrated=batches is not None)
+        if batches is not None:
+            plan.error = _tried(model, replacements, lambda: [floating(forward(model, batch)) for batch in batches], before)
+    for replacement in replacements:
+        if replacement.origin is not None and replacement.origin.state:
+            attach(replacement.origin, replacement.inner)
+            replacement.kept.append("the old norm in the attribute replaced_norm, for swapping back")
     _share(model, replacements)
     plan.changes = [_change(r) for r in replacements]
     if dry_run or not replacements:
         return plan
     exchanges = [(named(r.source.module), named(r.place)) for r in replacements]
     replace(model, {r.source.module: r.place for r in replacements})
-    try:
-        if batches is not None:
-            with torch.random.fork_rng(devices), torch.no_grad(), evaluating(model):
-                plan.error = max(difference(old, floating(forward(model, b))) for old, b in zip(before, batches, strict=True))
-    except BaseException:
-        replace(model, {r.place: r.source.module for r in replacements})
-        raise
     if optimizer is not None:
         plan.remarks += exchange(optimizer, exchanges, set(model.parameters()))
     plan.applied = True
@@ -195,6 +200,32 @@ def _calibrated(model: nn.Module, replacements: list[_Replacement], forward: For
             _give_affine(r, torch.ones(()), torch.zeros(()))
     _with_hooks(model, {r.source.module: partial(compare, r) for r in replacements}, forward, batches)
     return outputs
+
+
+def _tried(model: nn.Module, replacements: list[_Replacement], run: Callable[[], list[list[Tensor]]], before: list[list[Tensor]]) -> float:
+    """The difference of the outputs with the new norms, fitted to data or to running estimates, whichever is less. The model stays."""
+
+    def error() -> float:
+        replace(model, {r.source.module: r.place for r in replacements})
+        try:
+            return max(difference(old, new) for old, new in zip(before, run(), strict=True))
+        finally:
+            replace(model, {r.place: r.source.module for r in replacements})
+
+    by_data = error()
+    both = [r for r in replacements if r.fitted is not None and r.expected is not None]
+    for r in both:
+        _give_affine(r, *r.expected)  # type: ignore[misc]
+    by_estimates = error() if both else float("inf")
+    for r in replacements:
+        if r.fitted is None:
+            continue
+        if r.expected is not None and by_estimates < by_data:
+            r.kept.append(BY_ESTIMATES + ", which is nearer on the calibration data than least squares layer by layer")
+        else:
+            _give_affine(r, *r.fitted)
+            r.kept.append(BY_DATA)
+    return min(by_data, by_estimates)
 
 
 def _with_hooks(model: nn.Module, hooks: dict[nn.Module, Callable[..., None]], forward: Forward, batches: list[Any]) -> list[list[Tensor]]:
@@ -270,10 +301,7 @@ def _fill(r: _Replacement, *, calibrated: bool) -> None:
         r.lost.append("the exact way back: the parameters were trained since the last swap, and are carried over")
     if not (_same_meaning(r) and _copied(r)):
         _carry(r, calibrated=calibrated)
-    origin = record if record is not None and untouched else remember(source.kind, source.inner)
-    if origin.state:
-        attach(origin, r.inner)
-        r.kept.append("the old norm in the attribute replaced_norm, for swapping back")
+    r.origin = record if record is not None and untouched else remember(source.kind, source.inner)
 
 
 def _same_meaning(r: _Replacement) -> bool:
@@ -306,12 +334,13 @@ def _carry(r: _Replacement, *, calibrated: bool) -> None:
         r.lost.append(f"the output as it was: {type(r.inner).__name__} applies {type(r.norm.after[0]).__name__}, too")
     known = _known_moments(r)
     _give_moments(r)
-    if known is not None and r.norm.moments() is not None:
-        r.kept.append("the running mean and variance")
-    elif r.norm.moments() is not None and known is None:
-        r.kept.append("running estimates measured on the calibration data") if r.seen is not None else r.lost.append(
-            "sense in evaluation: its running estimates start at 0 and 1; pass calibrate, or recalibrate before use"
-        )
+    if r.norm.moments() is not None:
+        if known is not None:
+            r.kept.append("the running mean and variance")
+        elif r.seen is not None:
+            r.kept.append("running estimates measured on the calibration data")
+        else:
+            r.lost.append("sense in evaluation: its running estimates start at 0 and 1; pass calibrate, or recalibrate before use")
     weight, bias = r.source.affine()
     names = {name for name in ("weight", "bias") if _holds(r, name)}
     if not names:
@@ -319,36 +348,37 @@ def _carry(r: _Replacement, *, calibrated: bool) -> None:
             r.lost.append(f"weight and bias: {type(r.inner).__name__} has none per channel")
         return
     if calibrated and r.fit.count and r.affine_last:
-        if names == {"weight"}:
-            new = r.fit.slope_through_zero(), None
-        else:
-            new = r.fit.line() if "weight" in names else (None, r.fit.intercept())
-        r.kept.append(f"the output on the calibration data as far as a {' and a '.join(sorted(names, reverse=True))} per channel can")
-    else:
-        if calibrated:
-            reason = "its weight and bias do not come last" if r.fit.count else "no batch reached it"
-            r.lost.append(f"the fit to the calibration data: {reason}")
-        new = _expected(r, known, weight, bias)
-    if "bias" not in names and new[1] is not None and bool((new[1] != 0).any()):
-        r.lost.append(f"the bias, which {type(r.inner).__name__} does not have")
-    if "weight" not in names and new[0] is not None and bool((new[0] != 1).any()):
-        r.lost.append(f"the weight, which {type(r.inner).__name__} does not have")
+        r.fitted = _fitted(r, names)
+    elif calibrated:
+        reason = "its weight and bias do not come last" if r.fit.count else "no batch reached it"
+        r.lost.append(f"the fit to the calibration data: {reason}")
+    if known is not None:
+        r.expected = _expected(r, known, weight, bias)
+    new = r.fitted or r.expected or (weight, bias)
+    if r.fitted is None:
+        unfitted = "weight and bias as they are; the output changes as far as the statistics differ"
+        r.kept.append(unfitted if r.expected is None else BY_ESTIMATES)
+    for name, value, neutral in (("weight", new[0], 1), ("bias", new[1], 0)):
+        if name not in names and value is not None and bool((value != neutral).any()):
+            r.lost.append(f"the {name}, which {type(r.inner).__name__} does not have")
     _give_affine(r, *new)
 
 
-def _expected(
-    r: _Replacement, known: tuple[Tensor, Tensor] | None, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The affine map in front of which the new norm is expected to give what the old one gave."""
+def _fitted(r: _Replacement, names: set[str]) -> _Affine:
+    """What of the line of least squares the new norm has parameters for."""
+    if names == {"weight"}:
+        return r.fit.slope_through_zero(), None
+    return r.fit.line() if "weight" in names else (None, r.fit.intercept())
+
+
+def _expected(r: _Replacement, known: tuple[Tensor, Tensor], weight: Tensor | None, bias: Tensor | None) -> _Affine | None:
+    """The affine map with which the new norm is expected to give what the old one gave; None where that is not known."""
     assert r.norm is not None
-    old = None if known is None else pooled(r.source, *known)
-    new = None if known is None else pooled(r.norm, *known)
+    old, new = pooled(r.source, *known), pooled(r.norm, *known)
     if old is None or new is None:
-        r.kept.append("weight and bias as they are; the output changes as far as the statistics differ")
-        return weight, bias
+        return None
     factor = (torch.ones_like(old[0]) if weight is None else weight) / old[1]
     summand = torch.zeros_like(old[0]) if bias is None else bias
-    r.kept.append("the output in expectation: weight and bias fitted to the running estimates")
     return factor * new[1], summand + factor * (new[0] - old[0])
 
 
@@ -401,4 +431,4 @@ def _share(model: nn.Module, replacements: list[_Replacement]) -> None:
 def _change(r: _Replacement) -> Change:
     new = str(r.norm) if r.norm is not None else type(r.new).__name__
     after = "".join(f" + {type(part).__name__}" for part in r.source.after)
-    return Change(r.names, f"{r.source} -> {new}{after}", tuple(r.kept), tuple(r.lost))
+    return Change(r.names, f"{r.source} -> {new}{after}", tuple(r.kept), tuple(dict.fromkeys(r.lost)))

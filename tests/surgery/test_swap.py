@@ -103,7 +103,7 @@ def test_back_after_training_carries_what_was_learned():
 
 
 def test_the_fit_is_that_of_least_squares():
-    model = stir(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    model = stir(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))  # estimates far from the data, so that the formula is worse
     batches = [IMAGE[:3], IMAGE[3:]]
     y = outputs(model).double()
     swap(model, "group", num_groups=2, calibrate=batches)
@@ -136,7 +136,7 @@ def test_true_estimates_are_as_good_as_data_and_better_than_copying(to):
             norm.weight.copy_(weight)
             norm.bias.copy_(bias)
     copied = error(before, outputs(model))
-    assert fitted < 1.35 * expected
+    assert fitted <= 1.15 * expected  # what is chosen is the least largest error, which the mean error may not share
     assert expected < 0.9 * copied or to == "instance"
 
 
@@ -217,7 +217,7 @@ def test_channels_that_stand_elsewhere():
     assert error(before, outputs(model)) < 0.7
     swap(model, networks.LayerNorm2d)
     assert torch.equal(before, outputs(model))
-    assert "weight and a bias" in str(plan)
+    assert "fitted by least squares" in str(plan)
     swap(model, "layer", calibrate=IMAGE)
     assert isinstance(model[1], MovedChannels)
     assert error(before, outputs(model)) < 1e-5
