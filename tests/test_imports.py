@@ -26,7 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "residual": {"core", "kernels", "weight"},
     "weight": {"kernels.activations"},  # the table of gains
     "gan": {"core", "kernels", "weight", "residual"},
-    "probe": {"kernels.activations"},
+    # The probe measures with torch alone. The methods of its Report that show it, and that change models, load what they need when called:
+    # checkup, which stands above it. Nothing else of the probe may.
+    "probe": {"kernels.activations", "checkup"},
     "init": {"kernels.activations"},
 }
 _METHODS = {"core", "kernels", "norms", "conditional", "residual", "weight", "gan"}
@@ -38,11 +40,12 @@ MAY_IMPORT |= {
     "page": set(),  # style and figures of HTML reports
     "compare": _METHODS | {"catalogue", "surgery", "init", "page", "equinorm"},
 }
+MAY_IMPORT |= {"checkup": {"probe", "init", "surgery", "compare", "page", "kernels.activations"}}
 MAY_IMPORT |= {"trains": {"compare", "catalogue", "equinorm"}, "bench": _METHODS | {"compare", "catalogue", "equinorm"}}
 MAY_IMPORT |= {"recipes": set(MAY_IMPORT) | {"equinorm"}, "cli": set(MAY_IMPORT) | {"recipes", "equinorm"}, "__main__": {"cli"}}
 
 # The parts that a model imports; they load torch and nothing else from outside.
-LIGHT = ["facts", "kernels", "core", "norms", "conditional", "residual", "weight", "gan", "init", "catalogue"]
+LIGHT = ["facts", "kernels", "core", "norms", "conditional", "residual", "weight", "gan", "init", "catalogue", "surgery"]
 
 
 def part(path: Path) -> str:

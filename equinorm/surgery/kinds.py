@@ -55,9 +55,14 @@ class Norm:
     axis: int
 
     @property
-    def inner(self) -> nn.Module:
-        """The norm itself, inside a change of layout where there is one."""
+    def inner(self) -> Any:
+        """The norm itself without its activation, inside a change of layout where there is one: what to read."""
         return self.core.norm if isinstance(self.core, MovedChannels) else self.core
+
+    @property
+    def layer(self) -> Any:
+        """The norm itself as the model holds it, activation included: what to change where something is changed."""
+        return self.module.norm if isinstance(self.module, MovedChannels) else self.module
 
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """The factor and the summand (C,) that its normalized value gets, in float64; None where it has none."""
