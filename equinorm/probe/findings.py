@@ -174,6 +174,11 @@ KINDS: dict[str, Kind] = {
         "Dropout raises the variance in training and not in evaluation, so the running variance behind it does not fit evaluation.",
         "move_dropout",
     ),
+    "failed": Kind(
+        "the model raised",
+        "A layer raised an exception; the records end there.",
+        "inspect",
+    ),
     "no_gradient": Kind(
         "no gradient",
         "Parameters that are to be trained receive no gradient, or one that is exactly 0.",
@@ -209,15 +214,131 @@ class Threshold(NamedTuple):
 THRESHOLDS: dict[str, Threshold] = {
     "growth_warning": Threshold(
         32.0,
-        "factor by which the fitted signal (or gradient) changes from the first to the last layer, up or down: warning",
-        "2^5. With well-chosen gains the log of the scale only does a random walk: a layer of width n adds a standard deviation of about "
-        "1.1/sqrt(n), so even at n = 64 a factor of 32 takes 600 layers by chance.",
+        "factor by which activations or gradients change over depth, time steps or repeated calls, step by step: warning",
+        "2^5. With well-chosen gains the logarithm of the scale does a random walk; a layer of width n adds a standard deviation of about "
+        "1.1/sqrt(n), so that at n = 64 a factor of 32 takes 600 layers by chance.",
     ),
     "growth_severe": Threshold(
         1024.0,
         "the same factor: severe",
         "2^10. float16 has 10 bits of fraction: of two numbers that are 2^10 apart the smaller hardly survives their sum; and one learning "
         "rate cannot suit layers whose gradients differ by three orders of magnitude.",
+    ),
+    "jump": Threshold(
+        10.0,
+        "factor by which a layer's gain (output rms / input rms) differs from the median of the linear layers, where no norm follows: "
+        "warning",
+        "The gains of the usual initialisations (torch's default 0.58, Glorot 1, He 1.41) lie within a factor of 2.5 of each other.",
+    ),
+    "residual_excess": Threshold(
+        2.0,
+        "growth over the residual sums, in units of the square root of their number: warning",
+        "Branches of equal size, as norms make them, add up to the square root of their number. What grows faster multiplies.",
+    ),
+    "saturation_warning": Threshold(
+        0.5,
+        "share of the inputs of a bounded activation in its flat ends (slope below 0.5 % of the steepest), or of softmax rows above "
+        "0.99: warning",
+        "Half of the units pass no gradient. At unit variance it is 0.1 % for tanh and 0 for the sigmoid.",
+    ),
+    "saturation_severe": Threshold(
+        0.9,
+        "the same share: severe",
+        "A tenth of the units or fewer still learn.",
+    ),
+    "dead_warning": Threshold(
+        0.5,
+        "share of channels that are 0 throughout behind an activation: warning",
+        "In a deep network without norms samples become alike, and every second ReLU is off for all of them, by the symmetry of its "
+        "weights. More than half is no chance.",
+    ),
+    "dead_severe": Threshold(
+        0.9,
+        "the same share: severe",
+        "Less than a tenth of the width is left to carry the signal.",
+    ),
+    "values_per_channel": Threshold(
+        16.0,
+        "fewest values per channel from which a channel is called dead or constant",
+        "A healthy ReLU unit is off half of the time; that 16 independent values are all 0 has a chance of 2^-16.",
+    ),
+    "half_headroom": Threshold(
+        8.0,
+        "factor between the largest float16 value seen and 65504 under which overflow is near: warning",
+        "2^3. Extremes of other batches, and those later in training, are larger than the ones of this batch by such factors.",
+    ),
+    "half_lost": Threshold(
+        0.5,
+        "share of the float16 gradients that are not 0 but below 6.1e-5, the smallest normal number: warning",
+        "Below it digits go one by one: what is smaller than 6e-8 is 0.",
+    ),
+    "drift_mean_warning": Threshold(
+        1.0,
+        "root mean square over channels of (batch mean - running mean) / running standard deviation: warning",
+        "A shift by one standard deviation turns a ReLU that is on for half of the values into one that is on for 84 % or 16 %.",
+    ),
+    "drift_mean_severe": Threshold(3.0, "the same: severe", "At three standard deviations it is on for all values or for none."),
+    "drift_variance_warning": Threshold(
+        1.386,
+        "magnitude of the mean over channels of log(batch variance / running variance): warning",
+        "log 4: in evaluation the norm's output has twice or half the standard deviation of training.",
+    ),
+    "drift_variance_severe": Threshold(
+        2.773,
+        "the same: severe",
+        "log 16: four times or a quarter, at every such norm, and the factors multiply along depth in evaluation.",
+    ),
+    "batch_note": Threshold(
+        16.0,
+        "samples under a statistic over the batch, below which it is noted",
+        "Wu and He 2018 (Group Normalization, table 2): batch norm loses nothing at 16 samples and 1.1 points at 8.",
+    ),
+    "batch_warning": Threshold(8.0, "the same: warning", "In the same table it loses 3.7 points at 4 samples and 11 at 2."),
+    "values_severe": Threshold(
+        4.0,
+        "values in one statistic, of any norm, below which it is severe",
+        "One value is normalized to 0 and two to -1 and 1, whatever they were; three leave one degree of freedom.",
+    ),
+    "momentum_high": Threshold(
+        0.5,
+        "momentum (weight of the new value) from which it is a warning",
+        "The estimate is then an average of 1/momentum, two batches or fewer. The weight of the old value, as other frameworks give it "
+        "(0.9, 0.99), is the usual mistake.",
+    ),
+    "momentum_low": Threshold(
+        1e-4,
+        "momentum up to which it is a warning",
+        "The estimates need 1/momentum, ten thousand steps or more, to follow.",
+    ),
+    "gap_warning": Threshold(
+        0.5,
+        "rms of the output's difference between training and evaluation, relative to the output: warning",
+        "Statistics of 16 samples against those of all differ by 1/sqrt(16); a few norms in a row add up to less than this.",
+    ),
+    "gap_severe": Threshold(1.0, "the same: severe", "The difference is as large as the output itself."),
+    "input_rms_warning": Threshold(
+        10.0,
+        "rms of what enters the first linear layer, or its inverse: warning",
+        "The first layer's gradient is proportional to it and its curvature to its square: 100 times that of layers fed with unit "
+        "variance.",
+    ),
+    "input_rms_severe": Threshold(100.0, "the same: severe", "Ten thousand times: no learning rate suits both."),
+    "input_mean": Threshold(
+        5.0,
+        "|mean| / standard deviation of what enters the first linear layer: warning",
+        "The curvature along the mean exceeds that along the rest by its square (LeCun et al. 1998, Efficient BackProp, section 4.3). "
+        "Images "
+        "scaled to 0..1 have 2.",
+    ),
+    "update_high": Threshold(
+        0.1,
+        "rms of the next step relative to the weight's rms: warning",
+        "Ten such steps replace the weight. Usual is about 0.001.",
+    ),
+    "update_low": Threshold(
+        6e-8,
+        "the same, below which it is noted",
+        "Half a unit in the last place of float32: the step is rounded away.",
     ),
 }
 
