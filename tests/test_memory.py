@@ -22,9 +22,6 @@ SAMPLES, SIDE, ROWS = 40, 16, 40
 
 # Methods that are more than a rule on channels or rows, with what they keep, in inputs, and why.
 MORE = {
-    "dynamic_tanh": (2, "tanh saves its output, the scale its input"),
-    "dynamic_erf": (3, "erf saves its argument, the factors theirs"),
-    "filter_response_tlu": (2, "two layers: the unit saves what the norm made"),
     "local_response": (3, "the input, the window's energy and its power"),
     "generalized_divisive": (4, "a matrix product at every position: the input, its square, the divisor and its power"),
     "local_contrast": (2, "the centred input, and maps of one channel"),
@@ -33,8 +30,6 @@ MORE = {
     "positional": (3.6, "the input in float64 moments per position, composed"),
     "ada_layer": (2.3, "the norm's output, which the map per token multiplies, and that map"),
     "ada_layer_zero": (2.3, "as ada_layer"),
-    "evonorm_b": (4, "the quotient and the maximum, composed"),
-    "evonorm_s": (4, "the gate and its product, composed"),
     "spade": (4, "scale and shift at every position, and the convolutions that make them"),
     "mixture": (8, "posteriors per position and component, composed"),
     "online": (2, "the input and the output, from which the backward's control takes its step"),

@@ -7,19 +7,47 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from equinorm.core import Moments
+from equinorm.core import Affine, Moments
 from equinorm.core.base import ChannelNorm, check_batch, check_channels, check_fraction
-from equinorm.core.channel import canonical_mask
-from equinorm.core.measure import measure
+from equinorm.core.channel import canonical_mask, channel_norm
+from equinorm.core.pointwise import Point, pointwise_norm, where_larger
 from equinorm.core.running import RunningState, recomputing, some
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl
-from equinorm.kernels.reference import small_dtype, wide
+from equinorm.kernels.reference import small_dtype
 
 if TYPE_CHECKING:
     from equinorm.core.sync import Group
 
 Variant = Literal["B0", "B1", "B2"]
+
+
+def other(m: Moments, v: Tensor | None, variant: Variant, eps: float) -> tuple[Tensor, Tensor]:
+    """Slope and offset of what grows with the input: v x + s_i, (x + 1) q_i, or q_i - x."""
+    if v is not None:
+        return v.unsqueeze(0), (m.var + eps).sqrt()
+    q = (m.var + m.mean.square() + eps).sqrt()
+    return (q, q) if variant == "B1" else (-q.new_ones(1, 1), q)
+
+
+def _quotient(x: Tensor, s: Tensor, slope: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x / torch.maximum(s, x * slope + offset) * weight + bias
+
+
+def _pull(
+    dy: Tensor, x: Tensor, s: Tensor, slope: Tensor, offset: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    rising = (x * slope).add_(offset)
+    divisor = torch.maximum(s, rising)
+    quotient = x / divisor
+    dx = (dy * weight).div_(divisor)
+    to_divisor = (dx * quotient).neg_()
+    to_rising = where_larger(to_divisor, rising.sub_(s))
+    dx.add_(to_rising * slope)
+    return dx, (to_divisor.sub_(to_rising), to_rising * x, to_rising, quotient.mul_(dy), dy)
+
+
+QUOTIENT = Point(_quotient, _pull)
 
 
 class EvoNormB(RunningState, ChannelNorm):
@@ -132,36 +160,36 @@ class EvoNormB(RunningState, ChannelNorm):
     def forward(self, x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
         check_channels(self, x, self.num_features)
         mask = None if mask is None else canonical_mask(x, mask)
-        if self.learning and self.running_var is not None and self.process_group is None and mask is None:
+        learning = self.learning and self.running_var is not None
+        if learning and self.process_group is None and mask is None:
             check_batch(self, x)
-        data = wide(x) if mask is None else torch.where(mask, wide(x), 0.0)
-        y = data if self.running_var is None else data / self._divisor(x, data, mask, impl)
-        if self.weight is not None and self.bias is not None:
-            weight, bias = (p.to(y.dtype).reshape(-1, *[1] * (x.ndim - 2)) for p in (self.weight, self.bias))
-            y = y * weight + bias
-        return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
+        estimate = None if learning or self.running_var is None else self.running_var.to(small_dtype(x), copy=True).unsqueeze(0)
+        if self.apply_act:
 
-    def _divisor(self, x: Tensor, data: Tensor, mask: Tensor | None, impl: Impl) -> Tensor:
-        assert self.running_var is not None
-        m = measure(x, mask=mask, impl=impl)
-        if self.learning:
-            pooled = m.over_batch(self.process_group)
-            self._learn(pooled)
-            var = pooled.var
+            def parts(
+                m: Moments, weight: Tensor | None, bias: Tensor | None, v: Tensor | None
+            ) -> tuple[tuple[Tensor, ...], Moments | None]:
+                pooled = m.over_batch(self.process_group) if estimate is None else None
+                s = ((estimate if pooled is None else pooled.var) + self.eps).sqrt()
+                slope, offset = other(m, v, self.variant, self.eps)
+                one, zero = m.mean.new_ones(1, 1), m.mean.new_zeros(1, 1)
+                return (s, slope, offset, one if weight is None else weight[None], zero if bias is None else bias[None]), pooled
+
+            y, seen = pointwise_norm(x, parts, QUOTIENT, self.weight, self.bias, self.v, mask=mask, impl=impl)
         else:
-            var = self.running_var.to(small_dtype(x), copy=True).unsqueeze(0)
 
-        def root(square: Tensor) -> Tensor:
-            return (square + self.eps).sqrt().to(data.dtype).reshape(*square.shape, *[1] * (x.ndim - 2))
+            def rule(m: Moments | None, weight: Tensor | None, bias: Tensor | None) -> Affine | tuple[Affine, Moments]:
+                pooled = None if m is None else m.over_batch(self.process_group)
+                var = estimate if pooled is None else pooled.var
+                zero = torch.zeros(1, 1, dtype=small_dtype(x), device=x.device)
+                scale = zero + 1 if var is None else (var + self.eps).rsqrt()
+                affine = Affine(zero, scale if weight is None else scale * weight, zero if bias is None else bias.to(zero.dtype))
+                return affine if pooled is None else (affine, pooled)
 
-        if not self.apply_act:
-            return root(var)
-        if self.v is not None:
-            other = data * self.v.to(data.dtype).reshape(-1, *[1] * (x.ndim - 2)) + root(m.var)
-        else:
-            q = root(m.var + m.mean.square())
-            other = (data + 1) * q if self.variant == "B1" else q - data
-        return torch.maximum(root(var), other)
+            y, seen = channel_norm(x, rule, self.weight, self.bias, per="batch" if learning else None, mask=mask, impl=impl)
+        if seen is not None:
+            self._learn(seen)
+        return y
 
     @torch.no_grad()
     def _learn(self, seen: Moments) -> None:

@@ -7,14 +7,36 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from equinorm.core import Affine, Moments
 from equinorm.core.base import ChannelNorm, check_channels, check_count
-from equinorm.core.channel import canonical_mask
-from equinorm.core.measure import measure
+from equinorm.core.channel import canonical_mask, channel_norm, split
+from equinorm.core.pointwise import Point, pointwise_norm
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl
-from equinorm.kernels.reference import wide
+from equinorm.kernels.reference import small_dtype
 
 Variant = Literal["S0", "S1", "S2"]
+
+
+def reciprocal(group: Moments, variant: Variant, eps: float) -> Tensor:
+    """1 / s_g, or 1 / q_g."""
+    return ((group.var + group.mean.square() if variant == "S2" else group.var) + eps).rsqrt()
+
+
+def _swish(x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x * (x * v).sigmoid() * scale + shift
+
+
+def _pull(dy: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    gate = (x * v).sigmoid_()
+    swish = x * gate
+    to_swish = dy * scale
+    bend = (1 - gate).mul_(swish)  # the gate's derivative times x, per unit of v
+    to_v = (bend * x).mul_(to_swish)
+    return bend.mul_(v).add_(gate).mul_(to_swish), (to_v, swish.mul_(dy), dy)
+
+
+SWISH = Point(_swish, _pull)
 
 
 class EvoNormS(ChannelNorm):
@@ -130,30 +152,26 @@ class EvoNormS(ChannelNorm):
     def forward(self, x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
         check_channels(self, x, self.num_features)
         mask = None if mask is None else canonical_mask(x, mask)
-        data = wide(x) if mask is None else torch.where(mask, wide(x), 0.0)
-
-        def spread(small: Tensor) -> Tensor:  # (C,) or (N, C) to the dimensions and the type of the data
-            return small.to(data.dtype).reshape(*small.shape, *[1] * (x.ndim - 2))
-
-        y = data
-        if self.v is not None:
-            y = data * (data * spread(self.v)).sigmoid()
-        elif self.apply_act:
-            y = nn.functional.silu(data)
-        if self.apply_act or self.keep_norm:
-            y = y * spread(self._rstd(x, mask, impl))
-        if self.weight is not None and self.bias is not None:
-            y = y * spread(self.weight) + spread(self.bias)
-        return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
-
-    def _rstd(self, x: Tensor, mask: Tensor | None, impl: Impl) -> Tensor:
-        if self.variant != "S2" and x.shape[1:].numel() == self.groups:
+        normed = self.apply_act or self.keep_norm
+        if normed and self.variant != "S2" and x.shape[1:].numel() == self.groups:
             raise ValueError(
                 f"EvoNormS: a group needs more than one value to have a variance, got shape {tuple(x.shape)} in {self.groups} groups; "
                 'use fewer groups, or variant "S2"'
             )
-        group = measure(x, mask=mask, impl=impl).over_groups(self.groups)
-        return ((group.var + group.mean.square() if self.variant == "S2" else group.var) + self.eps).rsqrt()  # (N, C)
+
+        def rule(m: Moments | None, weight: Tensor | None, bias: Tensor | None) -> Affine:
+            zero = torch.zeros(1, 1, dtype=small_dtype(x), device=x.device)
+            scale = zero + 1 if m is None else reciprocal(m.over_groups(self.groups), self.variant, self.eps)
+            return Affine(zero, scale if weight is None else scale * weight, zero if bias is None else bias.to(zero.dtype))
+
+        if not self.apply_act:
+            return channel_norm(x, rule, self.weight, self.bias, per="sample" if normed else None, mask=mask, impl=impl)[0]
+
+        def parts(m: Moments, weight: Tensor | None, bias: Tensor | None, v: Tensor | None) -> tuple[tuple[Tensor, ...], None]:
+            _, scale, shift = split(rule(m, weight, bias))[0]
+            return (m.mean.new_ones(1, 1) if v is None else v.unsqueeze(0), scale, shift), None
+
+        return pointwise_norm(x, parts, SWISH, self.weight, self.bias, self.v, mask=mask, impl=impl)[0]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}, variant={self.variant!r}, apply_act={self.apply_act}"

@@ -7,12 +7,26 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from equinorm.core import Moments
 from equinorm.core.base import check_channels, check_count, check_eps
-from equinorm.core.channel import canonical_mask
+from equinorm.core.channel import canonical_mask, split
+from equinorm.core.pointwise import Point, pointwise_norm, where_larger
 from equinorm.facts import Facts
 from equinorm.kernels import Impl
-from equinorm.norms.filter_response import PAPER, FilterResponseNorm
+from equinorm.norms.filter_response import PAPER, FilterResponseNorm, filter_response
 from equinorm.norms.thresholded_linear import TLU
+
+
+def _thresholded(x: Tensor, scale: Tensor, shift: Tensor, tau: Tensor) -> Tensor:
+    return torch.maximum(x * scale + shift, tau)
+
+
+def _pull(dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, tau: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    to_affine = where_larger(dy, (x * scale).add_(shift).sub_(tau))
+    return to_affine * scale, (to_affine * x, to_affine, dy - to_affine)
+
+
+THRESHOLDED = Point(_thresholded, _pull)
 
 
 class FilterResponseNormTLU(nn.Module):
@@ -60,7 +74,7 @@ class FilterResponseNormTLU(nn.Module):
         pools="S",
         invariances=frozenset({"scale", "per-sample", "per-channel"}),
         one_position="nearly the sign of the input while eps is small; learn eps",
-        reads_writes="3R+2W",
+        reads_writes="2R+1W",
     )
 
     def __init__(
@@ -91,8 +105,14 @@ class FilterResponseNormTLU(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
         check_channels(self, x, self.norm.num_features)
-        y = self.tlu(self.norm(x, mask, impl=impl))
-        return y if mask is None else torch.where(canonical_mask(x, mask), y, y.new_zeros(()))
+        mask = None if mask is None else canonical_mask(x, mask)
+        norm = self.norm
+
+        def rule(m: Moments, tau: Tensor, *tensors: Tensor | None) -> tuple[tuple[Tensor, ...], None]:
+            _, scale, shift = split(filter_response(m, *tensors, norm.eps))[0]  # it does not centre
+            return (scale, shift, tau.unsqueeze(0)), None
+
+        return pointwise_norm(x, rule, THRESHOLDED, self.tlu.tau, norm.weight, norm.bias, norm.eps_l, mask=mask, impl=impl)[0]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, own in {"weight": "norm.weight", "bias": "norm.bias", "eps_l": "norm.eps_l", "tau": "tlu.tau"}.items():

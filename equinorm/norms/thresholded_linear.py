@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from equinorm.core.base import accept_published_shapes, check_channels, check_count
+from equinorm.core.pointwise import Point, pointwise_norm, where_larger
 from equinorm.facts import Facts
-from equinorm.kernels.reference import wide
 from equinorm.norms.filter_response import PAPER
 
 
-def thresholded_linear(x: Tensor, tau: Tensor) -> Tensor:
-    """The larger of each value and its channel's threshold."""
-    return torch.maximum(wide(x), wide(tau).reshape(-1, *[1] * (x.ndim - 2))).to(x.dtype)
+def _pull(dy: Tensor, x: Tensor, tau: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+    dx = where_larger(dy, x - tau)
+    return dx, (dy - dx,)
+
+
+LARGER = Point(torch.maximum, _pull)
 
 
 class TLU(nn.Module):
@@ -75,7 +78,11 @@ class TLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(self, x, self.num_features)
-        return thresholded_linear(x, self.tau)
+
+        def rule(_: None, tau: Tensor) -> tuple[tuple[Tensor, ...], None]:
+            return (tau.unsqueeze(0),), None
+
+        return pointwise_norm(x, rule, LARGER, self.tau, per=None)[0]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         accept_published_shapes(self, state_dict, prefix)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from equinorm.core.base import check_floating
+from equinorm.core.pointwise import Point, pointwise_norm
 from equinorm.facts import Facts
+from equinorm.kernels import Impl
 from equinorm.kernels.reference import wide
 
 
 class Bounded(nn.Module):
-    """Abstract: ``weight * squash(x) + bias`` with a weight and bias per channel.
+    """Abstract: ``weight * f(x) + bias``, f bounded, with a weight and bias per channel.
 
     Attributes:
         normalized_shape: shape of weight and bias.
@@ -60,25 +63,28 @@ class Bounded(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def squash(self, x: Tensor) -> Tensor:
-        """The bounded function, without weight and bias."""
+    def bend(self) -> tuple[Point, tuple[Tensor, ...]]:
+        """The bounded function of x, its own parameters, weight and bias; and these own parameters, one number each."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, impl: Impl = "auto") -> Tensor:
         check_floating(self, x)
         shape = self.normalized_shape
         own = tuple(x.shape[-len(shape) :]) if self.channels_last else tuple(x.shape[1:2])
         if own != shape:
             wanted = f"(..., {', '.join(map(str, shape))})" if self.channels_last else f"(N, {shape[0]}, *S)"
             raise ValueError(f"{type(self).__name__}: the input must have shape {wanted}, got {tuple(x.shape)}")
-        # Half types are widened: the slope's gradient is a sum over the whole tensor, which bfloat16 cannot hold.
-        y = self.squash(wide(x))
-        trailing = [1] * (0 if self.channels_last else x.ndim - 2)
-        if self.weight is not None:
-            y = y * self.weight.view(*shape, *trailing)
-        if self.bias is not None:
-            y = y + self.bias.view(*shape, *trailing)
-        return y.to(x.dtype)
+        point, numbers = self.bend()
+
+        def rule(_: None, weight: Tensor | None, bias: Tensor | None, *numbers: Tensor) -> tuple[tuple[Tensor, ...], None]:
+            # Wide: the slope's gradient is a sum over the whole tensor, which bfloat16 cannot hold.
+            one = wide(numbers[0].detach()).new_ones(1, 1)
+            weight, bias = one if weight is None else weight.reshape(1, -1), one * 0 if bias is None else bias.reshape(1, -1)
+            return (*(wide(number).reshape(1, 1) for number in numbers), weight, bias), None
+
+        rows = x.reshape(1, -1, prod(shape)).movedim(2, 1) if self.channels_last else x  # (N, C, *S)
+        y, _ = pointwise_norm(rows, rule, point, self.weight, self.bias, *numbers, per=None, impl=impl)
+        return y.movedim(1, 2).reshape(x.shape) if self.channels_last else y
 
     def extra_repr(self) -> str:
         return (

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from math import pi
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from equinorm.core.pointwise import Point
 from equinorm.facts import Facts, Paper
 from equinorm.residual.bounded import Bounded
+
+
+def _erf(x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.erf(alpha * x + shift) * weight + bias
+
+
+def _pull(dy: Tensor, x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    argument = (alpha * x).add_(shift)
+    bounded = argument.erf()
+    inside = argument.square_().neg_().exp_().mul_(dy).mul_(weight * (2 / pi**0.5))
+    return inside * alpha, (inside * x, inside, bounded.mul_(dy), dy)
+
+
+ERF = Point(_erf, _pull)
 
 
 class DynamicErf(Bounded):
@@ -82,6 +98,6 @@ class DynamicErf(Bounded):
         super().reset_parameters()
         nn.init.constant_(self.shift, self.shift_init)
 
-    def squash(self, x: Tensor) -> Tensor:
+    def bend(self) -> tuple[Point, tuple[Tensor, ...]]:
         """erf(alpha x + shift)."""
-        return torch.erf(self.alpha.to(x.dtype) * x + self.shift.to(x.dtype))
+        return ERF, (self.alpha, self.shift)

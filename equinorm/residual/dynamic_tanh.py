@@ -7,8 +7,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from equinorm.core.pointwise import Point
 from equinorm.facts import Facts, Paper
 from equinorm.residual.bounded import Bounded
+
+
+def _tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.tanh(alpha * x) * weight + bias
+
+
+def _pull(dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    bounded = (alpha * x).tanh_()
+    inside = torch.ops.aten.tanh_backward(dy * weight, bounded)
+    return inside * alpha, (inside * x, bounded.mul_(dy), dy)
+
+
+TANH = Point(_tanh, _pull)
 
 
 class DynamicTanh(Bounded):
@@ -75,6 +89,6 @@ class DynamicTanh(Bounded):
         super().__init__(normalized_shape, alpha_init, elementwise_affine, bias, channels_last, device, dtype)
         self.reset_parameters()
 
-    def squash(self, x: Tensor) -> Tensor:
+    def bend(self) -> tuple[Point, tuple[Tensor, ...]]:
         """tanh(alpha x)."""
-        return torch.tanh(self.alpha.to(x.dtype) * x)
+        return TANH, (self.alpha,)
