@@ -11,6 +11,7 @@ import equinorm
 
 # Name, what it does, and the module that has add_arguments(parser) and run(arguments) -> exit code.
 COMMANDS = (
+    ("probe", "see the signal in a model, find what hurts it, try what helps", "equinorm.checkup.command"),
     ("compare", "train a task with each norm, batch size and seed, and report", "equinorm.compare.command"),
     ("demo", "compare norms on scikit-learn's digits, in a few minutes", "equinorm.compare.demo"),
     ("trains", "train a small network with every method: first and last loss", "equinorm.trains.command"),

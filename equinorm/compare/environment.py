@@ -25,6 +25,9 @@ OPTIONAL = (
     ("rich", "rich", "compare"),
     ("matplotlib", "matplotlib", "compare"),
     ("jinja2", "Jinja2", "compare"),
+    ("rich", "rich", "probe"),
+    ("matplotlib", "matplotlib", "probe"),
+    ("jinja2", "Jinja2", "probe"),
     ("pyarrow", "pyarrow", "parquet"),
     ("PIL", "pillow", "parquet"),
 )

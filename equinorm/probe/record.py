@@ -14,6 +14,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from equinorm.checkup.prescribe import Prescriptions
     from equinorm.probe.findings import Finding
     from equinorm.probe.source import Source
 
@@ -164,7 +167,6 @@ class Call:
             entry; None elsewhere.
         residual: the two terms, for residual sums.
         steps: the signal over time, for recurrent modules.
-        seconds: time that the forward took, children and this probe's own work inside it included; for orientation only.
     """
 
     index: int
@@ -188,7 +190,6 @@ class Call:
     saturation: float | None = None
     residual: Residual | None = None
     steps: Steps | None = None
-    seconds: float = 0.0
 
     @property
     def label(self) -> str:
@@ -341,6 +342,7 @@ class Report:
         thresholds: the values that the findings were judged by, by name (:data:`equinorm.probe.findings.THRESHOLDS`).
         schema: version of this format.
         source: what was probed, for prescriptions to repeat it; not part of the JSON.
+        prescriptions: what :meth:`prescribe` tried last; not part of the JSON.
     """
 
     model: str
@@ -358,10 +360,11 @@ class Report:
     thresholds: dict[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
     source: Source | None = field(default=None, repr=False, compare=False)
+    prescriptions: Prescriptions | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but ``source`` as lists, dictionaries, strings, numbers and None; see the head of this module."""
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "source"}
+        """Return everything but ``source`` and ``prescriptions`` as lists, dictionaries, strings, numbers and None; see the head of this module."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("source", "prescriptions")}
 
     def to_json(self, indent: int | None = None) -> str:
         """Return :meth:`to_dict` as strict JSON."""
@@ -386,6 +389,48 @@ class Report:
     def leaves(self) -> Iterator[Call]:
         """The calls with nothing recorded inside them, which carry the signal step by step."""
         return (call for call in self.calls if call.leaf)
+
+    def show(self) -> None:
+        """Print the key numbers, the profile over depth, the findings and what was tried against them. Needs the extra ``probe``."""
+        from equinorm.checkup.terminal import show
+
+        show(self, self.prescriptions or ())
+
+    def html(self, path: str | Path) -> Path:
+        """Write a page with figures, which needs nothing but itself, and return its path. Needs the extra ``probe``."""
+        from equinorm.checkup.page import write_page
+
+        return write_page(self, path, self.prescriptions or ())
+
+    def prescribe(self) -> Prescriptions:
+        """Try what may help, each on a copy of the model probed with the same batch; the most helpful comes first.
+
+        Example:
+            >>> import torch, equinorm
+            >>> from torch import nn
+            >>> deep = nn.Sequential(*[layer for _ in range(30) for layer in (nn.Linear(64, 64), nn.ReLU())])
+            >>> report = equinorm.probe(deep, torch.randn(32, 64))
+            >>> [finding.kind for finding in report.severe]
+            ['vanishing_backward']
+            >>> report.prescribe()[0].helps
+            True
+            >>> report.apply(1).severe
+            []
+        """
+        from equinorm.checkup.prescribe import prescribe
+
+        self.prescriptions = prescribe(self)
+        return self.prescriptions
+
+    def apply(self, number: int) -> Report:
+        """Do to the model itself what prescription ``number`` did to its copy. Returns a report of the changed model.
+
+        Raises:
+            ValueError: nothing was prescribed, no such number, or the prescription could not be tried.
+        """
+        if self.prescriptions is None:
+            raise ValueError("apply: nothing was prescribed yet; call report.prescribe() and look at what it found")
+        return self.prescriptions.apply(number)
 
     def __str__(self) -> str:
         head = f"{self.model}: {len(self.calls)} calls, {len(self.parameters)} parameters, {len(self.findings)} findings"
