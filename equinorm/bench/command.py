@@ -19,7 +19,7 @@ from equinorm.bench.contenders import BY_NAME, CONTENDERS
 from equinorm.bench.goals import goals, side_by_side
 from equinorm.bench.grid import DTYPES, LAYOUTS, PASSES, QUICK, Entry, Pages, entries, parsed
 from equinorm.bench.measure import OURS, inputs, measure
-from equinorm.bench.results import Results
+from equinorm.bench.results import Results, busy
 from equinorm.bench.table import HEAD, missed, row, show, summary
 from equinorm.compare.errors import InputError
 from equinorm.kernels import cpu
@@ -72,6 +72,9 @@ def _times(arguments: Namespace) -> int:
         print(f"the kernels are not there, ours runs in plain PyTorch operations: {cpu.info()['reason']}")
     results = Results(arguments.csv)
     print(json.dumps(results.circumstances))
+    if busy(results.circumstances):
+        load = results.circumstances["load"]
+        print(f"other processes are at work (load {load}): read ratios, and those of more than one thread with care")
     wanted = _entries(arguments)
     if not wanted:
         raise InputError("nothing to measure: no norm of --norms takes a shape of --shapes")

@@ -94,11 +94,11 @@ def _at(module: nn.Module, rename: dict[str, str] | None, name: str) -> Tensor:
     return module.state_dict()[(rename or {}).get(name, name)]
 
 
-def timm_layer(name: str, rename: dict[str, str], **options: Any) -> Builder:
-    """A layer of timm."""
+def timm_layer(name: str, rename: dict[str, str], module: str = "timm.layers", **options: Any) -> Builder:
+    """A layer of timm; most are found in ``timm.layers``."""
 
     def build(size: int) -> nn.Module:
-        return getattr(importlib.import_module("timm.layers"), name)(size, **options)
+        return getattr(importlib.import_module(module), name)(size, **options)
 
     return layer(build, rename)
 
@@ -153,7 +153,7 @@ CONTENDERS = (
         "evonorm_b",
         "channel",
         equinorm.EvoNormB,
-        {"composed": composed(formulas.evonorm_b), "timm": timm_layer("EvoNorm2dB0", {})},
+        {"composed": composed(formulas.evonorm_b), "timm": timm_layer("EvoNorm2dB0", {}, eps=1e-5)},
     ),
     Contender(
         "evonorm_s",
@@ -171,14 +171,17 @@ CONTENDERS = (
         equinorm.FilterResponseNormTLU,
         {
             "composed": composed(formulas.filter_response_tlu),
-            "timm": timm_layer("FilterResponseNormTlu2d", {"norm.weight": "weight", "norm.bias": "bias", "tlu.tau": "tau"}),
+            "timm": timm_layer("FilterResponseNormTlu2d", {"norm.weight": "weight", "norm.bias": "bias", "tlu.tau": "tau"}, eps=1e-6),
         },
     ),
     Contender(
         "global_response",
         "channel",
         lambda c: equinorm.GlobalResponseNorm(c, channel_dim=1),
-        {"composed": composed(formulas.global_response), "timm": timm_layer("GlobalResponseNorm", {}, channels_last=False)},
+        {
+            "composed": composed(formulas.global_response),
+            "timm": timm_layer("GlobalResponseNorm", {}, "timm.layers.grn", channels_last=False),
+        },
         channel_rule=True,
     ),
     Contender(

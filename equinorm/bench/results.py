@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,12 +20,25 @@ from equinorm.compare.errors import InputError
 from equinorm.kernels.traffic import Pass
 
 COLUMNS = ("pages", "norm", "shape", "dtype", "layout", "pass", "who", "ms", "copy_ms", "gb_per_s", "of_copy", "rounds", "note")
+BUSY = 0.25  # load per core
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def circumstances() -> dict[str, Any]:
-    """What decides about the numbers: versions, commit, machine, threads, the size of the last cache in bytes, the date."""
-    return {**machine(), "last level cache": last_level_cache(), "commit": commit(), "date": date.today().isoformat()}
+    """What decides about the numbers: versions, commit, machine, threads, the size of the last cache in bytes; the date, and the load."""
+    return {
+        **machine(),
+        "timm": version("timm") if find_spec("timm") else None,
+        "last level cache": last_level_cache(),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def busy(found: Mapping[str, Any]) -> bool:
+    """Whether other processes were at work when a measurement began, enough to show in its numbers."""
+    return found["load"] > BUSY * found["cores"]
 
 
 def last_level_cache() -> int:
@@ -61,7 +77,7 @@ class Results:
             return
         if path.exists() and path.stat().st_size:
             there, self.timings = read(path)
-            ignored = ("date", "cores")
+            ignored = ("date", "load", "cores")
             if differing := [key for key in self.circumstances if key not in ignored and there.get(key) != self.circumstances[key]]:
                 raise InputError(
                     f"{path} was measured under other circumstances ({', '.join(differing)} differ); go on in another file, or remove it"
