@@ -29,12 +29,19 @@ from equinorm.core.measure import Per, defined, fused
 from equinorm.core.moments import Moments
 from equinorm.core.sync import Remembering, recalling
 from equinorm.kernels import Impl, dense, like, pick, reference
+from equinorm.kernels.activations import Activation
 
 Rule = Callable[..., "Affine | tuple[Affine, Moments]"]
 
 
 def channel_norm(
-    x: Tensor, rule: Rule, *tensors: Tensor | None, per: Per | None = "sample", mask: Tensor | None = None, impl: Impl = "auto"
+    x: Tensor,
+    rule: Rule,
+    *tensors: Tensor | None,
+    per: Per | None = "sample",
+    mask: Tensor | None = None,
+    impl: Impl = "auto",
+    then: Activation | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """Normalize ``x`` by what ``rule`` makes of its moments.
 
@@ -50,20 +57,21 @@ def channel_norm(
         mask: boolean (N, *S) or (N, 1, *S), True where data is. Positions without data enter no statistic; they come out as 0 and get
             gradient 0, whatever they hold.
         impl: "plain" rules the kernels out for this call.
+        then: follows the map before anything is stored. Backward recomputes what it needs from ``x``.
 
     Returns:
         the output, and the rule's moments without gradient (None when it returned none).
     """
     kernels = pick(x, impl) if mask is None else None
     if kernels is None:
-        y, seen = _plain(x, rule, tensors, per, mask)
+        y, seen = _plain(x, rule, tensors, per, mask, then)
         return y, seen and _without_gradient(seen)
     x = dense(x)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *tensors)):
         affine, seen = split(rule(_measure(kernels, x, per), *tensors))
-        return kernels.affine(x, *affine), seen
+        return _apply(kernels, x, affine, then), seen
     box: list[Moments | None] = []
-    return _Fused.apply(kernels, rule, per, box, x, *tensors), box[0]
+    return _Fused.apply(kernels, rule, per, then, box, x, *tensors), box[0]
 
 
 def canonical_mask(x: Tensor, mask: Tensor) -> Tensor:
@@ -86,15 +94,23 @@ def canonical_mask(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _plain(
-    x: Tensor, rule: Rule, tensors: tuple[Tensor | None, ...], per: Per | None, mask: Tensor | None
+    x: Tensor, rule: Rule, tensors: tuple[Tensor | None, ...], per: Per | None, mask: Tensor | None, then: Activation | None
 ) -> tuple[Tensor, Moments | None]:
     """The definition."""
     affine, seen = split(rule(None if per is None else defined(x, per, mask), *tensors))
     center, scale, shift = (part.reshape(*part.shape, *[1] * (x.ndim - 2)) for part in affine)
-    if mask is None:
-        return reference.affine(x, center, scale, shift), seen
     zero = x.new_zeros(())
-    return torch.where(mask, reference.affine(torch.where(mask, x, zero), center, scale, shift), zero), seen
+    y = reference.affine(reference.wide(x if mask is None else torch.where(mask, x, zero)), center, scale, shift)
+    y = (y if then is None else then.function(y)).to(x.dtype)
+    return (y if mask is None else torch.where(mask, y, zero)), seen
+
+
+def _apply(kernels: Any, x: Tensor, affine: Affine, then: Activation | None) -> Tensor:
+    if fused := kernels.fused(then):
+        return kernels.affine(x, *affine, fused)
+    if then is None:
+        return kernels.affine(x, *affine)
+    return then.function(kernels.affine(reference.wide(x), *affine)).to(x.dtype)  # rounded once, behind the activation
 
 
 def _measure(kernels: Any, x: Tensor, per: Per | None) -> Moments | None:
@@ -116,9 +132,16 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kernels: Any, rule: Rule, per: Per | None, box: list[Moments | None], x: Tensor, *tensors: Tensor | None
+        ctx: Any,
+        kernels: Any,
+        rule: Rule,
+        per: Per | None,
+        then: Activation | None,
+        box: list[Moments | None],
+        x: Tensor,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         leaves = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, wanted[1:], strict=True)]
         moments = _measure(kernels, x, per)
         if moments is not None and wanted[0]:
@@ -128,47 +151,54 @@ class _Fused(torch.autograd.Function):
             affine, seen = split(rule(moments, *leaves))
         box.append(seen and _without_gradient(seen))
         ctx.save_for_backward(x, *tensors)
-        ctx.kernels, ctx.rule, ctx.per = kernels, rule, per
+        ctx.kernels, ctx.rule, ctx.per, ctx.then = kernels, rule, per, then
         ctx.small = moments, leaves, affine
-        return kernels.affine(x, *(part.detach() for part in affine))
+        return _apply(kernels, x, Affine(*(part.detach() for part in affine)), then)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         if torch.is_grad_enabled():
-            return (None,) * 4 + _recorded(ctx, x, tensors, wanted, dy)
+            return (None,) * 5 + _recorded(ctx, x, tensors, wanted, dy)
         moments, leaves, affine = ctx.small
         kernels = ctx.kernels
         dy = like(dy, x)
-        center, scale = affine.center.detach(), affine.scale.detach()
+        center, scale, shift = (part.detach() for part in affine)
+        activated = ()  # what the kernels need to pull the gradient back through the activation
+        if fused := kernels.fused(ctx.then):
+            activated = (center, scale, shift), fused
+        elif ctx.then is not None:
+            x, dy = reference.wide(x), reference.wide(dy)
+            dy = ctx.then.pulled(kernels.affine(x, center, scale, shift), dy)
         sources = [t for t in (*(moments[:2] if moments and wanted[0] else ()), *leaves) if t is not None and t.requires_grad]
         results = [i for i in range(3) if affine[i].requires_grad]
         grads: dict[int, Tensor | None] = {}
         if results:
             finest = "sample" if any(part.shape[0] != 1 for part in affine) else "batch"
-            sum_dy, sum_dy_x = kernels.reduce(dy, x, center, finest)
+            sum_dy, sum_dy_x = kernels.reduce(dy, x, center, finest, *activated)
             of_affine = (-scale * sum_dy if 0 in results else sum_dy, sum_dy_x, sum_dy)  # what center, scale and shift receive
             received = _differentiate([affine[i] for i in results], sources, [_summed(of_affine[i], affine[i].shape) for i in results])
             grads = {id(source): grad for source, grad in zip(sources, received, strict=True)}
         dx = None
         if wanted[0]:
             to_mean, to_var = (grads.get(id(part)) for part in moments[:2]) if moments else (None, None)
-            if to_mean is None and to_var is None:
-                zero = scale.new_zeros(1, 1)
+            zero = scale.new_zeros(1, 1)
+            if to_mean is None and to_var is None and not activated:
                 dx = kernels.affine(dy, zero, scale, zero)
             else:
-                count = max(moments.count, 1)
-                slope = scale.new_zeros(1, 1) if to_var is None else to_var * (2 / count)
-                offset = scale.new_zeros(1, 1) if to_mean is None else to_mean / count
-                dx = kernels.backward(dy, x, moments.mean.detach(), scale, slope, offset)
-        return (None, None, None, None, dx, *(t if t is None else grads.get(id(t)) for t in leaves))
+                count = max(moments.count, 1) if moments else 1
+                slope = zero if to_var is None else to_var * (2 / count)
+                offset = zero if to_mean is None else to_mean / count
+                dx = kernels.backward(dy, x, moments.mean.detach() if moments else center, scale, slope, offset, *activated)
+            dx = dx.to(ctx.saved_tensors[0].dtype)
+        return (None, None, None, None, None, dx, *(t if t is None else grads.get(id(t)) for t in leaves))
 
 
 def _recorded(ctx: Any, x: Tensor, tensors: list[Tensor | None], wanted: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients through the plain path, with their own graph recorded."""
     with recalling(ctx.exchanges):
-        y, _ = _plain(x, ctx.rule, tuple(tensors), ctx.per, None)
+        y, _ = _plain(x, ctx.rule, tuple(tensors), ctx.per, None, ctx.then)
     sources = [t for t, need in zip((x, *tensors), wanted, strict=True) if need and t is not None]
     grads = iter(torch.autograd.grad(y, sources, dy, create_graph=True, allow_unused=True))
     return tuple(next(grads) if need and t is not None else None for t, need in zip((x, *tensors), wanted, strict=True))

@@ -18,6 +18,7 @@ from equinorm.core.affine import Affine, normalize
 from equinorm.core.channel import channel_norm
 from equinorm.core.moments import Moments
 from equinorm.kernels import Impl, dense, like, pick, reference
+from equinorm.kernels.activations import Activation
 
 
 def row_norm(
@@ -64,26 +65,36 @@ def row_norm(
 
 
 def group_norm(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, *, mask: Tensor | None = None, impl: Impl = "auto"
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    mask: Tensor | None = None,
+    impl: Impl = "auto",
+    then: Activation | None = None,
 ) -> Tensor:
     """Normalize each of ``groups`` contiguous channel groups of each sample of ``x``: (N, C, *S), with ``weight`` and ``bias`` (C,).
 
     It is the channel geometry's rule :func:`over_groups`, which is local to a group: where a group is contiguous in memory, it is measured
-    and normalized while in cache. ``groups = C`` is instance norm.
+    and normalized while in cache. ``groups = C`` is instance norm. The activation ``then`` follows before anything is stored.
     """
 
     def rule(moments: Moments, weight: Tensor | None, bias: Tensor | None) -> Affine:
         return normalize(moments.over_groups(groups), weight, bias, eps)
 
     kernels = pick(x, impl) if mask is None else None
-    if kernels is None or not dense(x).is_contiguous():
-        return channel_norm(x, rule, weight, bias, mask=mask, impl=impl)[0]
+    fused = kernels and kernels.fused(then)
+    s = x.shape[2:].numel()
+    if kernels is None or not dense(x).is_contiguous() or (then and (not fused or s == 1)):
+        return channel_norm(x, rule, weight, bias, mask=mask, impl=impl, then=then)[0]
     x = x.contiguous()
     k = x.shape[1] // groups
-    rows = x.shape[0] * groups
-    s = x.shape[2:].numel()
-    shape = {"rows": rows, "groups": groups, "k": k, "s": s, "measured": k * s, "centered": True}
-    return _rows(kernels, shape, eps, lambda *t: channel_norm(t[0], rule, *t[1:], impl="plain")[0], x, weight, bias)
+    shape = {"rows": x.shape[0] * groups, "groups": groups, "k": k, "s": s, "measured": k * s, "centered": True}
+    if fused:
+        shape["then"] = fused
+    return _rows(kernels, shape, eps, lambda *t: channel_norm(t[0], rule, *t[1:], impl="plain", then=then)[0], x, weight, bias)
 
 
 def _plain_row(
@@ -145,7 +156,8 @@ class _Rows(torch.autograd.Function):
             grads = iter(torch.autograd.grad(ctx.plain(*inputs), sources, dy, create_graph=True))
             return (None, None, None, None, *(next(grads) if need else None for need in wanted))
         x, weight, bias = inputs
-        dx, dweight, dbias = ctx.kernels.row_backward(like(dy, x), x, weight, *ctx.small, wanted=wanted, **ctx.shape)
+        activated = {"bias": bias} if "then" in ctx.shape else {}
+        dx, dweight, dbias = ctx.kernels.row_backward(like(dy, x), x, weight, *ctx.small, wanted=wanted, **ctx.shape, **activated)
         return None, None, None, None, dx, _as(dweight, weight), _as(dbias, bias)
 
 

@@ -51,6 +51,12 @@ class Activation:
             y = self.function(z)
             return torch.autograd.grad(y.sum(), z)[0] if y.requires_grad else torch.zeros_like(y)
 
+    def pulled(self, z: Tensor, dy: Tensor) -> Tensor:
+        """The gradient at the input ``z`` of a gradient ``dy`` at the output, without a graph."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.function(z), z, dy)[0]
+
     @property
     def mean(self) -> float:
         """Mean of f(z), z standard normal."""
@@ -330,6 +336,9 @@ TABLE: dict[str, Callable[[], Activation]] = {
     "tanhshrink": tanhshrink,
 }
 
+_named: dict[tuple[str, float | None], Activation] = {}
+PARAMETRIC: dict[str, Callable[[float], Activation]] = {"leaky_relu": leaky_relu, "elu": elu, "celu": celu}
+
 
 def of_module(module: nn.Module) -> Activation | None:
     """The activation that a module of torch.nn computes, with its parameters; None if it is not one of the table."""
@@ -340,6 +349,19 @@ def of_module(module: nn.Module) -> Activation | None:
             build = MODULES[base]
             return build(**{name: getattr(module, name) for name in inspect.signature(build).parameters})
     return None
+
+
+def named(name: str, parameter: float | None = None) -> Activation:
+    """The activation of a name in :data:`TABLE`, with its one parameter: the slope of leaky_relu, the alpha of elu and celu.
+
+    Raises:
+        ValueError: unknown name, or a parameter for an activation that has none.
+    """
+    if (name, parameter) not in _named:  # a plain dictionary, which torch.compile reads; a cached function it would trace
+        if parameter is not None and name not in PARAMETRIC:
+            raise ValueError(f"activation {name}: only {', '.join(PARAMETRIC)} take a parameter, got {parameter}")
+        _named[name, parameter] = find(name) if parameter is None else PARAMETRIC[name](parameter)
+    return _named[name, parameter]
 
 
 def find(activation: str | nn.Module | Callable[[Tensor], Any]) -> Activation:

@@ -9,15 +9,28 @@ away.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from equinorm.kernels import build
+from equinorm.kernels.activations import Activation
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The activations that the kernels apply with a map: their number there, and the argument that is the parameter.
+_FUSED = {
+    "relu": (1, ""),
+    "leaky_relu": (2, "negative_slope"),
+    "relu6": (3, ""),
+    "elu": (4, "alpha"),
+    "silu": (5, ""),
+    "hardswish": (6, ""),
+}
 Per = Literal["sample", "batch"]
+Fused = tuple[int, float]  # an activation's number and parameter
+NOTHING: Fused = (0, 0.0)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _available: bool | None = None
 
@@ -59,29 +72,58 @@ def moments(x: Tensor, per: Per) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``(x - center) * scale + shift``, with small tensors (N | 1, C | 1)."""
+def fused(activation: Activation | None) -> Fused | None:
+    """An activation as the kernels take it; None for none, and for one that they do not know.
+
+    Raises:
+        KeyError: the kernels know the activation, but not how to find its parameter.
+    """
+    if activation is None or activation.name not in _FUSED:
+        return None
+    number, argument = _FUSED[activation.name]
+    return number, activation.function.keywords[argument] if argument and isinstance(activation.function, partial) else 0.0
+
+
+def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, then: Fused = NOTHING) -> Tensor:
+    """``(x - center) * scale + shift``, with small tensors (N | 1, C | 1), and behind it the activation ``then``."""
     n, c, s, channels_last = _shape(x)
     y = torch.empty_like(x)
-    torch.ops.equinorm.channel_affine.default(x, small(center, c), small(scale, c), small(shift, c), y, n, c, s, channels_last)
+    torch.ops.equinorm.channel_affine.default(x, small(center, c), small(scale, c), small(shift, c), y, n, c, s, channels_last, *then)
     return y
 
 
-def reduce(dy: Tensor, x: Tensor, center: Tensor, per: Per) -> tuple[Tensor, Tensor]:
-    """Sums of ``dy`` and of ``dy * (x - center)``, each (N, C) or, over the batch, (1, C). ``dy`` has the dtype and layout of x."""
+def reduce(
+    dy: Tensor, x: Tensor, center: Tensor, per: Per, before: tuple[Tensor, ...] = (), then: Fused = NOTHING
+) -> tuple[Tensor, Tensor]:
+    """Sums of ``dy`` and of ``dy * (x - center)``, each (N, C) or, over the batch, (1, C). ``dy`` has the dtype and layout of x.
+
+    With an activation ``then``, ``dy`` is the gradient behind it, and ``before`` the center, scale and shift of the map that it follows.
+    """
     n, c, s, channels_last = _shape(x)
     rows = n if per == "sample" else 1
     sum_dy, sum_dy_x = torch.empty(rows, c, dtype=torch.float64), torch.empty(rows, c, dtype=torch.float64)
-    torch.ops.equinorm.channel_reduce.default(dy, x, small(center, c), sum_dy, sum_dy_x, n, c, s, channels_last)
+    torch.ops.equinorm.channel_reduce.default(dy, x, small(center, c), sum_dy, sum_dy_x, n, c, s, channels_last, *_map(before, c), *then)
     return sum_dy, sum_dy_x
 
 
-def backward(dy: Tensor, x: Tensor, center: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """``scale * dy + slope * (x - center) + offset``, with small tensors (N | 1, C | 1). ``dy`` has the dtype and layout of x."""
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+    before: tuple[Tensor, ...] = (),
+    then: Fused = NOTHING,
+) -> Tensor:
+    """``scale * dy + slope * (x - center) + offset``, with small tensors (N | 1, C | 1). ``dy`` has the dtype and layout of x.
+
+    ``before`` and ``then`` are as in :func:`reduce`.
+    """
     n, c, s, channels_last = _shape(x)
     dx = torch.empty_like(x)
     parts = small(center, c), small(scale, c), small(slope, c), small(offset, c)
-    torch.ops.equinorm.channel_backward.default(dy, x, *parts, dx, n, c, s, channels_last)
+    torch.ops.equinorm.channel_backward.default(dy, x, *parts, dx, n, c, s, channels_last, *_map(before, c), *then)
     return dx
 
 
@@ -97,11 +139,12 @@ def row_forward(
     measured: int,
     eps: float,
     centered: bool,
+    then: Fused = NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(x - mean) * rstd * weight + bias`` for each of ``rows`` rows of ``k * s`` elements of the contiguous x.
 
     Element i of row r has the parameter ``(r % groups) * k + i // s``. The first ``measured`` elements of a row enter its statistic; with
-    ``centered=False`` the mean is taken as 0.
+    ``centered=False`` the mean is taken as 0. An activation ``then`` may follow parameters of whole channels (s > 1), not of columns.
 
     Returns:
         the output; mean and rstd, each (rows,).
@@ -109,7 +152,7 @@ def row_forward(
     y = torch.empty_like(x)
     mean, rstd = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.float64)
     weight, bias = _parameter(weight), _parameter(bias)
-    torch.ops.equinorm.row_forward.default(x, weight, bias, y, mean, rstd, rows, groups, k, s, measured, eps, centered)
+    torch.ops.equinorm.row_forward.default(x, weight, bias, y, mean, rstd, rows, groups, k, s, measured, eps, centered, *then)
     return y, mean, rstd
 
 
@@ -127,17 +170,22 @@ def row_backward(
     s: int,
     measured: int,
     centered: bool,
+    bias: Tensor | None = None,
+    then: Fused = NOTHING,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of :func:`row_forward` to x, weight and bias.
 
-    Those of the parameters are (groups * k,) in the weight's dtype, float64 without one, and None unless ``wanted``.
+    Those of the parameters are (groups * k,) in the weight's dtype, float64 without one, and None unless ``wanted``. With an activation
+    ``then``, ``dy`` is the gradient behind it and ``bias`` that of the forward.
     """
     dx = torch.empty_like(x)
     weight = _parameter(weight)
     dtype = torch.float64 if weight is None else weight.dtype
     dweight = torch.empty(groups * k, dtype=dtype) if wanted[1] else None
     dbias = torch.empty(groups * k, dtype=dtype) if wanted[2] else None
-    torch.ops.equinorm.row_backward.default(dy, x, weight, mean, rstd, dx, dweight, dbias, rows, groups, k, s, measured, centered)
+    torch.ops.equinorm.row_backward.default(
+        dy, x, weight, mean, rstd, dx, dweight, dbias, rows, groups, k, s, measured, centered, _parameter(bias), *then
+    )
     return dx, dweight, dbias
 
 
@@ -156,6 +204,10 @@ def small(t: Tensor, c: int) -> Tensor:
     if t.dtype is torch.float64 and t.shape[1] == c and t.is_contiguous():
         return t  # the usual case, at a tenth of the price of what follows
     return t.expand(t.shape[0], c).to(torch.float64).contiguous()
+
+
+def _map(before: tuple[Tensor, ...], c: int) -> tuple[Tensor | None, ...]:
+    return tuple(small(t, c) for t in before) if before else (None, None, None)
 
 
 def _parameter(t: Tensor | None) -> Tensor | None:

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from equinorm.core import Affine, Moments, normalize
-from equinorm.core.base import check_batch, check_channels, check_count, check_eps, check_momentum
+from equinorm.core.base import (
+    check_batch,
+    check_channels,
+    check_count,
+    check_eps,
+    check_momentum,
+    following,
+    set_activation,
+    shown_activation,
+)
 from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.running import RunningMoments
 from equinorm.facts import Facts, Paper
@@ -54,6 +63,9 @@ class BatchNorm(RunningMoments, _BatchNorm):
         bias: False leaves out the bias.
         process_group: pool the statistics over this process group, or over all processes with "world".
         device, dtype: of the parameters. Estimates are float32, or float64 in a float64 module.
+        activation: name of a function of ``torch.nn.functional`` that follows the norm ("relu", "silu", "leaky_relu" ...), or None. What is
+            between the two is never stored, and backward computes it anew.
+        activation_param: slope of leaky_relu, alpha of elu and celu.
 
     Shape:
         x: (N, C, *S) to the same shape and dtype. mask: boolean (N, *S) or (N, 1, *S), True where data is; the rest comes out as 0.
@@ -110,6 +122,8 @@ class BatchNorm(RunningMoments, _BatchNorm):
         *,
         bias: bool = True,
         process_group: Group = None,
+        activation: str | None = None,
+        activation_param: float | None = None,
     ) -> None:
         nn.Module.__init__(self)
         check_count(self, num_features=num_features)
@@ -120,6 +134,7 @@ class BatchNorm(RunningMoments, _BatchNorm):
         for name, wanted in (("weight", affine), ("bias", affine and bias)):
             self.register_parameter(name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None)
         self.register_running((num_features,), track=track_running_stats, device=device, dtype=dtype)
+        set_activation(self, activation, activation_param)
         self.reset_parameters()
 
     @classmethod
@@ -133,7 +148,14 @@ class BatchNorm(RunningMoments, _BatchNorm):
         if not self.learning and self.running_mean is not None:
             estimate = self.estimate()
             return channel_norm(
-                x, lambda _, w, b: normalize(estimate, w, b, self.eps), self.weight, self.bias, per=None, mask=mask, impl=impl
+                x,
+                lambda _, w, b: normalize(estimate, w, b, self.eps),
+                self.weight,
+                self.bias,
+                per=None,
+                mask=mask,
+                impl=impl,
+                then=following(self),
             )[0]
         if self.training and self.process_group is None and mask is None:
             check_batch(self, x)
@@ -142,7 +164,10 @@ class BatchNorm(RunningMoments, _BatchNorm):
         def rule(moments: Moments, weight: Tensor | None, bias: Tensor | None) -> tuple[Affine, Moments]:
             return batch(moments, weight, bias, self.eps, group)
 
-        y, seen = channel_norm(x, rule, self.weight, self.bias, per="batch", mask=mask, impl=impl)
+        y, seen = channel_norm(x, rule, self.weight, self.bias, per="batch", mask=mask, impl=impl, then=following(self))
         if self.learning and seen is not None:
             self.learn(seen)
         return y
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + shown_activation(self)

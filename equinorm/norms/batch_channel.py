@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from equinorm.core import Affine, Moments, normalize
-from equinorm.core.base import ChannelNorm, check_batch, check_channels, check_count, check_momentum
+from equinorm.core.base import (
+    ChannelNorm,
+    check_batch,
+    check_channels,
+    check_count,
+    check_momentum,
+    following,
+    set_activation,
+    shown_activation,
+)
 from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.running import RunningMoments, recomputing
 from equinorm.facts import Facts, Paper
@@ -54,6 +63,9 @@ class BatchChannelNorm(RunningMoments, ChannelNorm):
             (the authors' code), "batch" towards the variance of the batch.
         process_group: pool the batch part over this process group, or over all processes with "world".
         device, dtype: of the parameters.
+        activation: name of a function of ``torch.nn.functional`` that follows the norm ("relu", "silu", "leaky_relu" ...), or None. What is
+            between the two is never stored, and backward computes it anew.
+        activation_param: slope of leaky_relu, alpha of elu and celu.
 
     Shape:
         x: (N, C, *S) to the same shape and dtype. mask: boolean (N, *S) or (N, 1, *S), True where data is; the rest comes out as 0.
@@ -109,6 +121,9 @@ class BatchChannelNorm(RunningMoments, ChannelNorm):
         process_group: Group = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        activation_param: float | None = None,
     ) -> None:
         super().__init__(num_features, eps, affine, device, dtype)
         check_count(self, num_groups=num_groups)
@@ -122,6 +137,7 @@ class BatchChannelNorm(RunningMoments, ChannelNorm):
         for name in ("channel_weight", "channel_bias"):
             self.register_parameter(name, nn.Parameter(torch.empty(num_groups, device=device, dtype=dtype)) if affine else None)
         self.register_running((num_features,), device=device, dtype=dtype)
+        set_activation(self, activation, activation_param)
         self.reset_parameters()
 
     @classmethod
@@ -154,6 +170,8 @@ class BatchChannelNorm(RunningMoments, ChannelNorm):
         step = self._step() if moving and self.estimated else 0.0
 
         def rule(m: Moments, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None) -> Affine | tuple[Affine, Moments]:
+            # Wide from here on: each of them receives a sum of gradients.
+            w1, b1, w2, b2 = (None if w is None else w.to(m.mean.dtype) for w in (w1, b1, w2, b2))
             if w2 is not None and b2 is not None:  # (G,) to (C,)
                 w2, b2 = (w.repeat_interleave(self.num_features // self.num_groups) for w in (w2, b2))
             if before is None:
@@ -167,7 +185,9 @@ class BatchChannelNorm(RunningMoments, ChannelNorm):
             moved = Moments(before.mean + step * (target.mean - before.mean), before.var + step * (target.var - before.var), 1)
             return batch_channel(m, moved, w1, b1, w2, b2, self.num_groups, self.eps), target
 
-        y, seen = channel_norm(x, rule, self.weight, self.bias, self.channel_weight, self.channel_bias, mask=mask, impl=impl)
+        y, seen = channel_norm(
+            x, rule, self.weight, self.bias, self.channel_weight, self.channel_bias, mask=mask, impl=impl, then=following(self)
+        )
         if self.learning and seen is not None:
             self.learn(seen, unbiased=not self.estimated)
         return y
@@ -177,4 +197,5 @@ class BatchChannelNorm(RunningMoments, ChannelNorm):
         return self.momentum if self.momentum is not None else 1 / (self.num_batches_tracked + 1).double()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_groups={self.num_groups}, momentum={self.momentum}, estimate={self.estimated}"
+        settings = f"num_groups={self.num_groups}, momentum={self.momentum}, estimate={self.estimated}"
+        return f"{super().extra_repr()}, {settings}{shown_activation(self)}"

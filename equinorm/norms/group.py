@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from equinorm.core.base import check_channels, check_count, check_eps
+from equinorm.core.base import check_channels, check_count, check_eps, following, set_activation, shown_activation
 from equinorm.core.channel import canonical_mask
 from equinorm.core.row import group_norm
 from equinorm.facts import Facts, Paper
@@ -36,6 +36,9 @@ class GroupNorm(torch.nn.GroupNorm):
         affine: learn ``weight`` (1) and ``bias`` (0), both (C,).
         bias: False leaves out the bias.
         device, dtype: of the parameters.
+        activation: name of a function of ``torch.nn.functional`` that follows the norm ("relu", "silu", "leaky_relu" ...), or None. What is
+            between the two is never stored, and backward computes it anew.
+        activation_param: slope of leaky_relu, alpha of elu and celu.
 
     Shape:
         x: (N, C, *S) to the same shape and dtype. mask: boolean (N, *S) or (N, 1, *S), True where data is; the rest comes out as 0.
@@ -72,6 +75,8 @@ class GroupNorm(torch.nn.GroupNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
+        activation_param: float | None = None,
     ) -> None:
         torch.nn.Module.__init__(self)
         check_count(self, num_groups=num_groups, num_channels=num_channels)
@@ -85,6 +90,7 @@ class GroupNorm(torch.nn.GroupNorm):
         self.num_groups, self.num_channels, self.eps, self.affine = num_groups, num_channels, eps, affine
         for name, wanted in (("weight", affine), ("bias", affine and bias)):
             self.register_parameter(name, torch.nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype)) if wanted else None)
+        set_activation(self, activation, activation_param)
         self.reset_parameters()
 
     @classmethod
@@ -101,4 +107,7 @@ class GroupNorm(torch.nn.GroupNorm):
                 f"in {self.num_groups} groups; use fewer groups"
             )
         mask = None if mask is None else canonical_mask(x, mask)
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, mask=mask, impl=impl)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, mask=mask, impl=impl, then=following(self))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + shown_activation(self)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from equinorm.core import Affine, Moments, normalize
-from equinorm.core.base import check_channels, check_count, check_eps, check_momentum
+from equinorm.core.base import check_channels, check_count, check_eps, check_momentum, following, set_activation, shown_activation
 from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.row import group_norm
 from equinorm.core.running import RunningMoments
@@ -47,6 +47,9 @@ class InstanceNorm(RunningMoments, _InstanceNorm):
         track_running_stats: keep running estimates and use them in evaluation.
         bias: False leaves out the bias.
         device, dtype: of the parameters.
+        activation: name of a function of ``torch.nn.functional`` that follows the norm ("relu", "silu", "leaky_relu" ...), or None. What is
+            between the two is never stored, and backward computes it anew.
+        activation_param: slope of leaky_relu, alpha of elu and celu.
 
     Shape:
         x: (N, C, *S) with at least one spatial dimension, to the same shape and dtype. mask: boolean (N, *S) or (N, 1, *S), True where
@@ -93,6 +96,8 @@ class InstanceNorm(RunningMoments, _InstanceNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
+        activation_param: float | None = None,
     ) -> None:
         nn.Module.__init__(self)
         check_count(self, num_features=num_features)
@@ -103,6 +108,7 @@ class InstanceNorm(RunningMoments, _InstanceNorm):
         for name, wanted in (("weight", affine), ("bias", affine and bias)):
             self.register_parameter(name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None)
         self.register_running((num_features,), track=track_running_stats, device=device, dtype=dtype)
+        set_activation(self, activation, activation_param)
         self.reset_parameters()
 
     @classmethod
@@ -116,7 +122,14 @@ class InstanceNorm(RunningMoments, _InstanceNorm):
         if not self.learning and self.running_mean is not None:
             estimate = self.estimate()
             return channel_norm(
-                x, lambda _, w, b: normalize(estimate, w, b, self.eps), self.weight, self.bias, per=None, mask=mask, impl=impl
+                x,
+                lambda _, w, b: normalize(estimate, w, b, self.eps),
+                self.weight,
+                self.bias,
+                per=None,
+                mask=mask,
+                impl=impl,
+                then=following(self),
             )[0]
         if x.shape[2:].numel() == 1:
             raise ValueError(
@@ -124,8 +137,13 @@ class InstanceNorm(RunningMoments, _InstanceNorm):
                 "use LayerNorm or GroupNorm where maps are 1x1"
             )
         if self.running_mean is None:
-            return group_norm(x, self.num_features, self.weight, self.bias, self.eps, mask=mask, impl=impl)
-        y, seen = channel_norm(x, lambda m, w, b: instance(m, w, b, self.eps), self.weight, self.bias, mask=mask, impl=impl)
+            return group_norm(x, self.num_features, self.weight, self.bias, self.eps, mask=mask, impl=impl, then=following(self))
+        y, seen = channel_norm(
+            x, lambda m, w, b: instance(m, w, b, self.eps), self.weight, self.bias, mask=mask, impl=impl, then=following(self)
+        )
         if seen is not None and x.shape[0]:
             self.learn(seen, unbiased=False)
         return y
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + shown_activation(self)

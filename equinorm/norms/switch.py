@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from equinorm.core import Affine, Moments, normalize
-from equinorm.core.base import ChannelNorm, check_channels, check_momentum
+from equinorm.core.base import ChannelNorm, check_channels, check_momentum, following, set_activation, shown_activation
 from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.running import RunningMoments
 from equinorm.facts import Facts, Paper
@@ -53,6 +53,9 @@ class SwitchNorm(RunningMoments, ChannelNorm):
         track_running_stats: keep running estimates for the batch part; without them evaluation uses the batch.
         process_group: pool the batch part over this process group, or over all processes with "world".
         device, dtype: of the parameters.
+        activation: name of a function of ``torch.nn.functional`` that follows the norm ("relu", "silu", "leaky_relu" ...), or None. What is
+            between the two is never stored, and backward computes it anew.
+        activation_param: slope of leaky_relu, alpha of elu and celu.
 
     Shape:
         x: (N, C, *S) to the same shape and dtype. Without spatial dimensions the instance part has nothing to average and is left out of
@@ -108,6 +111,9 @@ class SwitchNorm(RunningMoments, ChannelNorm):
         process_group: Group = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        activation_param: float | None = None,
     ) -> None:
         super().__init__(num_features, eps, affine, device, dtype)
         check_momentum(self, momentum)
@@ -118,6 +124,7 @@ class SwitchNorm(RunningMoments, ChannelNorm):
         self.mean_weight = nn.Parameter(torch.empty(len(using), device=device, dtype=dtype))
         self.var_weight = nn.Parameter(torch.empty(len(using), device=device, dtype=dtype))
         self.register_running((num_features,), track=track_running_stats and "batch" in using, device=device, dtype=dtype)
+        set_activation(self, activation, activation_param)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -155,10 +162,12 @@ class SwitchNorm(RunningMoments, ChannelNorm):
                 mean_weight, var_weight = mean_weight[active], var_weight[active]
             return switch(candidates, mean_weight, var_weight, weight, bias, self.eps), pooled
 
-        y, seen = channel_norm(x, rule, self.mean_weight, self.var_weight, self.weight, self.bias, mask=mask, impl=impl)
+        y, seen = channel_norm(
+            x, rule, self.mean_weight, self.var_weight, self.weight, self.bias, mask=mask, impl=impl, then=following(self)
+        )
         if self.learning and seen is not None:
             self.learn(seen, unbiased=False)
         return y
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, momentum={self.momentum}, using={self.using}"
+        return f"{super().extra_repr()}, momentum={self.momentum}, using={self.using}{shown_activation(self)}"

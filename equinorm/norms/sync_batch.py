@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from equinorm.core import Affine, Moments, normalize
-from equinorm.core.base import check_batch, check_channels, check_count, check_eps, check_momentum
+from equinorm.core.base import (
+    check_batch,
+    check_channels,
+    check_count,
+    check_eps,
+    check_momentum,
+    following,
+    set_activation,
+    shown_activation,
+)
 from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.running import RunningMoments
 from equinorm.core.sync import capturing, partners, refusing_together
@@ -82,6 +91,8 @@ def _twin(cls: type[BatchNorm | SyncBatchNorm], norm: Any, **options: Any) -> nn
         norm.track_running_stats,
         device="meta",
         bias=norm.bias is not None,
+        activation=getattr(norm, "activation", None),
+        activation_param=getattr(norm, "activation_param", None),
         **options,
     )
     twin.weight, twin.bias, twin.num_batches_tracked = norm.weight, norm.bias, norm.num_batches_tracked
@@ -119,6 +130,9 @@ class SyncBatchNorm(RunningMoments, _BatchNorm):
         process_group: whom to pool with; None (or "world") for all processes. Outside of distributed training it is batch norm.
         device, dtype: of the parameters. Estimates are float32, or float64 in a float64 module.
         bias: False leaves out the bias.
+        activation: name of a function of ``torch.nn.functional`` that follows the norm ("relu", "silu", "leaky_relu" ...), or None. What is
+            between the two is never stored, and backward computes it anew.
+        activation_param: slope of leaky_relu, alpha of elu and celu.
 
     Shape:
         x: (N, C, *S) to the same shape and dtype; N may differ between processes and be 0. mask: boolean (N, *S) or (N, 1, *S), True where
@@ -175,6 +189,8 @@ class SyncBatchNorm(RunningMoments, _BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
+        activation_param: float | None = None,
     ) -> None:
         nn.Module.__init__(self)
         check_count(self, num_features=num_features)
@@ -185,6 +201,7 @@ class SyncBatchNorm(RunningMoments, _BatchNorm):
         for name, wanted in (("weight", affine), ("bias", affine and bias)):
             self.register_parameter(name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None)
         self.register_running((num_features,), track=track_running_stats, device=device, dtype=dtype)
+        set_activation(self, activation, activation_param)
         self.reset_parameters()
 
     convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)
@@ -203,7 +220,14 @@ class SyncBatchNorm(RunningMoments, _BatchNorm):
         if estimated:
             estimate = self.estimate()
             return channel_norm(
-                x, lambda _, w, b: normalize(estimate, w, b, self.eps), self.weight, self.bias, per=None, mask=mask, impl=impl
+                x,
+                lambda _, w, b: normalize(estimate, w, b, self.eps),
+                self.weight,
+                self.bias,
+                per=None,
+                mask=mask,
+                impl=impl,
+                then=following(self),
             )[0]
         if self.training and mask is None and partners(group) is None:
             check_batch(self, x)
@@ -211,7 +235,7 @@ class SyncBatchNorm(RunningMoments, _BatchNorm):
         def rule(moments: Moments, weight: Tensor | None, bias: Tensor | None) -> tuple[Affine, Moments]:
             return batch(moments, weight, bias, self.eps, group)
 
-        y, seen = channel_norm(x, rule, self.weight, self.bias, per="batch", mask=mask, impl=impl)
+        y, seen = channel_norm(x, rule, self.weight, self.bias, per="batch", mask=mask, impl=impl, then=following(self))
         assert seen is not None
         if partners(group) is not None and not capturing(x) and int(seen.count) == 1:
             raise ValueError(
@@ -221,3 +245,6 @@ class SyncBatchNorm(RunningMoments, _BatchNorm):
         if self.learning:
             self.learn(seen)
         return y
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + shown_activation(self)

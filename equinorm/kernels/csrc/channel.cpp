@@ -4,6 +4,8 @@
 // run across the channels, and a channel's sum runs down the rows. There memory is walked strictly in order, one row after the other,
 // with the running sums of all columns in the first-level cache: walking down a few columns at a time needs fewer instructions but
 // defeats the prefetching of every processor tried, and takes two to three times as long on data from main memory.
+#include <array>
+
 #include "runs.h"
 
 namespace equinorm {
@@ -238,6 +240,14 @@ void channel_moments(const T* x, SmallOut mean, SmallOut var, Shape shape) {
 
 namespace {
 
+// The parameters of sample i at channel j.
+template <int P>
+std::array<double, P> at(const Small (&small)[P], int64_t i, int64_t j) {
+  std::array<double, P> values;
+  for (int m = 0; m < P; ++m) values[m] = small[m].sample(i)[j];
+  return values;
+}
+
 // A map's parameters for the columns of one sample, repeated for folded rows, in the arithmetic that suits them.
 template <class Map, class T>
 struct ColumnParameters {
@@ -245,19 +255,19 @@ struct ColumnParameters {
   Buffer<float> floats;
   Buffer<double> doubles;
   bool narrow = false;
-  int64_t width = 0;
+  int64_t width = 0, held = -1;
 
-  // `rows` rows will use them: for a few it is not worth while to narrow them.
-  void set(const Small* small, int64_t sample, int64_t c, int64_t fold, int64_t rows) {
+  void set(const Small (&small)[P], const Blocks& blocks, int64_t unit) {
+    const int64_t sample = blocks.sample(unit), c = blocks.c, fold = std::min(blocks.fold, blocks.rows);
+    if (sample == held) return;
+    held = sample;
     width = c * fold;
-    narrow = in_float<T> && rows >= 4;
+    narrow = in_float<T> && blocks.rows >= 4;  // for a few rows it is not worth while
     if (narrow) {
       floats.resize(P * width);
       for (int64_t j = 0; j < c; ++j) {
-        double wide[P];
         float cut[P];
-        for (int m = 0; m < P; ++m) wide[m] = small[m].sample(sample)[j];
-        narrow = narrow && fit_floats<Map>(wide, cut);
+        narrow = narrow && fit_floats<Map>(at(small, sample, j).data(), cut);
         for (int m = 0; m < P; ++m) floats[m * width + j] = cut[m];
       }
       for (int m = 0; m < P; ++m)
@@ -269,67 +279,102 @@ struct ColumnParameters {
       for (int64_t f = 0; f < fold; ++f) std::copy_n(small[m].sample(sample), c, &doubles[m * width + f * c]);
   }
 
-  void apply(const T* x, const T* dy, T* out, int64_t columns, To to) const {
+  // Maps `columns` columns from column `first` on.
+  template <class G, class Out>
+  void apply(const T* x, const G* dy, Out* out, int64_t first, int64_t columns, To to) const {
     if constexpr (in_float<T>)
-      if (narrow) return apply_columns<Map, Floats>(x, dy, out, columns, floats.data(), width, to);
-    apply_columns<Map, Doubles>(x, dy, out, columns, doubles.data(), width, to);
+      if (narrow) return apply_columns<Map, Floats>(x, dy, out, columns, floats.data() + first, width, to);
+    apply_columns<Map, Doubles>(x, dy, out, columns, doubles.data() + first, width, to);
   }
 };
 
-template <class Map, class T>
-void apply(const T* x, const T* dy, T* out, const Small* small, Shape shape) {
-  constexpr int P = Map::kParameters;
-  auto [n, c, s, channels_last] = shape;
-  const To to = destination(n * c * s * sizeof(T));
-  if (!channels_last) {
-    const int64_t segments = divide_up(s, kSegment);
-    parallel(n * c * segments, std::min(kSegment, s), [&, c = c, s = s](int64_t begin, int64_t end) {
-      for_grid(begin, end, c, segments, [&](int64_t i, int64_t j, int64_t k) {
-        const int64_t at = (i * c + j) * s + k * kSegment;
-        double parameters[P];
-        for (int m = 0; m < P; ++m) parameters[m] = small[m].sample(i)[j];
-        apply_run<Map>(x + at, dy + at, out + at, std::min(kSegment, s - k * kSegment), parameters, to);
-      });
+// Calls run(unit's first element, count, sample, channel) for runs of one channel.
+template <class Run>
+void for_runs(Shape shape, int64_t reads, const Run& run) {
+  const int64_t segments = divide_up(shape.s, kSegment);
+  parallel(shape.n * shape.c * segments, reads * std::min(kSegment, shape.s), [&](int64_t begin, int64_t end) {
+    for_grid(begin, end, shape.c, segments, [&](int64_t i, int64_t j, int64_t k) {
+      run((i * shape.c + j) * shape.s + k * kSegment, std::min(kSegment, shape.s - k * kSegment), i, j);
     });
-    return;
-  }
-  if (std::all_of(small, small + P, [](const Small& t) { return t.step == 0; })) s *= n, n = 1;
-  const Blocks blocks(n, s, c);
-  parallel(blocks.count, blocks.elements(), [&](int64_t begin, int64_t end) {
-    ColumnParameters<Map, T> parameters;
-    int64_t held = -1;
-    for (int64_t u = begin; u < end; ++u) {
-      if (blocks.sample(u) != held) {
-        held = blocks.sample(u);
-        parameters.set(small, held, blocks.c, std::min(blocks.fold, blocks.rows), blocks.rows);
-      }
-      const int64_t last = blocks.offset(u) + blocks.length(u) * blocks.c;
-      for (int64_t at = blocks.offset(u); at < last; at += parameters.width)
-        parameters.apply(x + at, dy + at, out + at, std::min(parameters.width, last - at), to);
-    }
   });
+}
+
+// Calls row(first element, first column, columns) for the rows of one block, in pieces of up to `most` columns.
+template <class Row>
+void for_rows(const Blocks& blocks, int64_t unit, int64_t width, int64_t most, const Row& row) {
+  const int64_t last = blocks.offset(unit) + blocks.length(unit) * blocks.c;
+  for (int64_t at = blocks.offset(unit); at < last; at += width)
+    for (int64_t j = 0; j < std::min(width, last - at); j += most) row(at + j, j, std::min({most, width - j, last - at - j}));
+}
+
+// The same parameters for all samples: then the samples are one.
+template <int P>
+bool one_for_all(const Small (&small)[P]) {
+  return std::all_of(small, small + P, [](const Small& t) { return t.step == 0; });
 }
 
 }  // namespace
 
 template <class T>
-void channel_affine(const T* x, Small center, Small scale, Small shift, T* y, Shape shape) {
-  const Small small[] = {center, scale, shift};
-  apply<AffineMap>(x, x, y, small, shape);
+void channel_affine(const T* x, Activated map, T* y, Shape shape) {
+  const Small small[] = {map.center, map.scale, map.shift};
+  const To to = destination(shape.n * shape.c * shape.s * sizeof(T));
+  if (!shape.channels_last)
+    return for_runs(shape, 1, [&](int64_t from, int64_t count, int64_t i, int64_t j) {
+      activate_run(map.f, x + from, y + from, count, at(small, i, j).data(), to);
+    });
+  if (one_for_all(small)) shape.s *= shape.n, shape.n = 1;
+  const Blocks blocks(shape.n, shape.s, shape.c);
+  parallel(blocks.count, blocks.elements(), [&](int64_t begin, int64_t end) {
+    ColumnParameters<AffineMap, T> parameters;
+    Scratch<Wide<T>> z;
+    for (int64_t u = begin; u < end; ++u) {
+      parameters.set(small, blocks, u);
+      for_rows(blocks, u, parameters.width, map.f ? kScratch : parameters.width, [&](int64_t from, int64_t column, int64_t columns) {
+        if (!map.f) return parameters.apply(x + from, x + from, y + from, column, columns, to);
+        parameters.apply(x + from, x + from, z.values, column, columns, To::caches);
+        activate(map.f, z.values, y + from, columns, to);
+      });
+    }
+  });
 }
 
 template <class T>
-void channel_backward(const T* dy, const T* x, Small center, Small scale, Small slope, Small offset, T* dx, Shape shape) {
-  const Small small[] = {center, scale, slope, offset};
-  apply<BackwardMap>(x, dy, dx, small, shape);
+void channel_backward(const T* dy, const T* x, Small center, Small scale, Small slope, Small offset, Activated map, T* dx, Shape shape) {
+  const Small small[] = {center, scale, slope, offset}, affine[] = {map.center, map.scale, map.shift};
+  const To to = destination(shape.n * shape.c * shape.s * sizeof(T));
+  if (!shape.channels_last)
+    return for_runs(shape, 2, [&](int64_t from, int64_t count, int64_t i, int64_t j) {
+      const auto before = map.f ? at(affine, i, j) : std::array<double, 3>{};
+      for_pulled(map.f, dy + from, x + from, count, before.data(), [&](int64_t k, int64_t n, const auto* g) {
+        apply_run<BackwardMap>(x + from + k, g, dx + from + k, n, at(small, i, j).data(), to);
+      });
+    });
+  if (one_for_all(small) && (!map.f || one_for_all(affine))) shape.s *= shape.n, shape.n = 1;
+  const Blocks blocks(shape.n, shape.s, shape.c);
+  parallel(blocks.count, 2 * blocks.elements(), [&](int64_t begin, int64_t end) {
+    ColumnParameters<BackwardMap, T> parameters;
+    ColumnParameters<AffineMap, T> before;
+    Scratch<Wide<T>> z;
+    for (int64_t u = begin; u < end; ++u) {
+      parameters.set(small, blocks, u);
+      if (map.f) before.set(affine, blocks, u);
+      for_rows(blocks, u, parameters.width, map.f ? kScratch : parameters.width, [&](int64_t from, int64_t column, int64_t columns) {
+        if (!map.f) return parameters.apply(x + from, dy + from, dx + from, column, columns, to);
+        before.apply(x + from, x + from, z.values, column, columns, To::caches);
+        pull(map.f, dy + from, z.values, columns);
+        parameters.apply(x + from, z.values, dx + from, column, columns, to);
+      });
+    }
+  });
 }
 
 // ---- reductions of the gradient -----------------------------------------------------------------------------------------------
 
 namespace {
 
-template <class V, class T>
-void reduce_in(const T* dy, const T* x, int64_t height, int64_t pitch, int64_t width, const double* center, double* sum_dy,
+template <class V, class G, class T>
+void reduce_in(const G* dy, const T* x, int64_t height, int64_t pitch, int64_t width, const double* center, double* sum_dy,
                double* sum_dy_x) {
   constexpr int64_t L = lanes<V>;
   const Panel<V> panel{width};
@@ -364,8 +409,8 @@ void reduce_in(const T* dy, const T* x, int64_t height, int64_t pitch, int64_t w
   }
 }
 
-template <class T>
-void column_reduce(const T* dy, const T* x, int64_t height, int64_t pitch, const double* center, double* sum_dy, double* sum_dy_x) {
+template <class G, class T>
+void column_reduce(const G* dy, const T* x, int64_t height, int64_t pitch, const double* center, double* sum_dy, double* sum_dy_x) {
   if (pitch < lanes<Doubles>) {
     for (int64_t j = 0; j < pitch; ++j) {
       sum_dy[j] = 0, sum_dy_x[j] = 0;
@@ -383,8 +428,8 @@ void column_reduce(const T* dy, const T* x, int64_t height, int64_t pitch, const
   });
 }
 
-template <class T>
-void block_reduce(const T* dy, const T* x, int64_t height, int64_t c, int64_t fold, const double* center, Buffer<double>& scratch,
+template <class G, class T>
+void block_reduce(const G* dy, const T* x, int64_t height, int64_t c, int64_t fold, const double* center, Buffer<double>& scratch,
                   double* first, double* second) {
   const int64_t folded = height / fold, left = height % fold, width = c * fold;
   if (fold == 1 || folded == 0) {
@@ -414,40 +459,60 @@ void finish_sums(const Buffer<double>& partial, int64_t n, int64_t parts, int64_
 }  // namespace
 
 template <class T>
-void channel_reduce(const T* dy, const T* x, Small center, SmallOut sum_dy, SmallOut sum_dy_x, Shape shape) {
-  auto [n, c, s, channels_last] = shape;
-  if (channels_last) {
-    if (center.step == 0 && sum_dy.step == 0 && sum_dy_x.step == 0) s *= n, n = 1;
-    const Blocks blocks(n, s, c);
-    Buffer<double> first(blocks.count * c), second(blocks.count * c);
+void channel_reduce(const T* dy, const T* x, Small center, Activated map, SmallOut sum_dy, SmallOut sum_dy_x, Shape shape) {
+  const Small affine[] = {map.center, map.scale, map.shift};
+  if (shape.channels_last) {
+    if (center.step == 0 && sum_dy.step == 0 && sum_dy_x.step == 0 && (!map.f || one_for_all(affine))) shape.s *= shape.n, shape.n = 1;
+    const Blocks blocks(shape.n, shape.s, shape.c);
+    Buffer<double> first(blocks.count * blocks.c), second(blocks.count * blocks.c);
     parallel(blocks.count, 2 * blocks.elements(), [&](int64_t begin, int64_t end) {
       Buffer<double> scratch;
-      for (int64_t u = begin; u < end; ++u)
-        block_reduce(dy + blocks.offset(u), x + blocks.offset(u), blocks.length(u), blocks.c, blocks.fold,
-                     center.sample(blocks.sample(u)), scratch, &first[u * blocks.c], &second[u * blocks.c]);
+      Buffer<Wide<T>> pulled;
+      ColumnParameters<AffineMap, T> before;
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t from = blocks.offset(u);
+        const auto reduce = [&](const auto* g) {
+          block_reduce(g, x + from, blocks.length(u), blocks.c, blocks.fold, center.sample(blocks.sample(u)), scratch,
+                       &first[u * blocks.c], &second[u * blocks.c]);
+        };
+        if (!map.f) {
+          reduce(dy + from);
+          continue;
+        }
+        before.set(affine, blocks, u);
+        pulled.resize(blocks.elements());
+        for_rows(blocks, u, before.width, before.width, [&](int64_t at, int64_t column, int64_t columns) {
+          before.apply(x + at, x + at, &pulled[at - from], column, columns, To::caches);
+        });
+        pull(map.f, dy + from, pulled.data(), blocks.length(u) * blocks.c);
+        reduce(static_cast<const Wide<T>*>(pulled.data()));
+      }
     });
-    finish_sums(first, n, blocks.per_sample, c, sum_dy);
-    finish_sums(second, n, blocks.per_sample, c, sum_dy_x);
+    finish_sums(first, shape.n, blocks.per_sample, shape.c, sum_dy);
+    finish_sums(second, shape.n, blocks.per_sample, shape.c, sum_dy_x);
     return;
   }
-  const int64_t segments = divide_up(s, kSegment);
-  Buffer<double> first(n * c * segments), second(n * c * segments);
-  parallel(n * c * segments, 2 * std::min(kSegment, s), [&, c = c, s = s](int64_t begin, int64_t end) {
-    for_grid(begin, end, c, segments, [&](int64_t i, int64_t j, int64_t k) {
-      const int64_t at = (i * segments + k) * c + j, from = (i * c + j) * s + k * kSegment;
-      const Sums sums = run_reduce(dy + from, x + from, std::min(kSegment, s - k * kSegment), center.sample(i)[j]);
-      first[at] = sums.first, second[at] = sums.second;
+  const int64_t c = shape.c, s = shape.s, segments = divide_up(s, kSegment);
+  Buffer<double> first(shape.n * c * segments), second(shape.n * c * segments);
+  for_runs(shape, 2, [&](int64_t from, int64_t count, int64_t i, int64_t j) {
+    const auto before = map.f ? at(affine, i, j) : std::array<double, 3>{};
+    Sums sums{0, 0};
+    for_pulled(map.f, dy + from, x + from, count, before.data(), [&](int64_t k, int64_t n, const auto* g) {
+      const Sums part = run_reduce(g, x + from + k, n, center.sample(i)[j]);
+      sums.first += part.first, sums.second += part.second;
     });
+    const int64_t segment = from % s / kSegment, slot = (i * segments + segment) * c + j;
+    first[slot] = sums.first, second[slot] = sums.second;
   });
-  finish_sums(first, n, segments, c, sum_dy);
-  finish_sums(second, n, segments, c, sum_dy_x);
+  finish_sums(first, shape.n, segments, c, sum_dy);
+  finish_sums(second, shape.n, segments, c, sum_dy_x);
 }
 
 #define EQUINORM_INSTANTIATE(T)                                                               \
   template void channel_moments(const T*, SmallOut, SmallOut, Shape);                         \
-  template void channel_affine(const T*, Small, Small, Small, T*, Shape);                     \
-  template void channel_reduce(const T*, const T*, Small, SmallOut, SmallOut, Shape);         \
-  template void channel_backward(const T*, const T*, Small, Small, Small, Small, T*, Shape);
+  template void channel_affine(const T*, Activated, T*, Shape);                               \
+  template void channel_reduce(const T*, const T*, Small, Activated, SmallOut, SmallOut, Shape); \
+  template void channel_backward(const T*, const T*, Small, Small, Small, Small, Activated, T*, Shape);
 EQUINORM_INSTANTIATE(double)
 EQUINORM_INSTANTIATE(float)
 EQUINORM_INSTANTIATE(bfloat16)

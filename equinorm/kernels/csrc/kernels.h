@@ -79,6 +79,21 @@ enum class To { caches, memory };
 // is about to be overwritten need not be read first. Decides about speed only.
 To destination(int64_t bytes);
 
+// Whether vectors of V can be streamed there.
+template <class V, class T>
+bool aligned(const T* to) {
+  return reinterpret_cast<uintptr_t>(to) % (lanes<V> * sizeof(T)) == 0;
+}
+
+// What follows a map at once. The numbers are those that the operators take.
+struct Activation {
+  enum Kind : int64_t { kNone, kRelu, kLeakyRelu, kRelu6, kElu, kSilu, kHardswish };
+  static constexpr int64_t kKinds = 7;
+  Kind kind = kNone;
+  double parameter = 0;  // slope of leaky_relu, alpha of elu
+  explicit operator bool() const { return kind != kNone; }
+};
+
 // x: (n, c, s) in memory, or (n, s, c) when channels_last.
 struct Shape {
   int64_t n, c, s;
@@ -96,14 +111,21 @@ struct SmallOut {
   int64_t step;
 };
 
+// An affine map of x and the activation that follows it.
+struct Activated {
+  Activation f;
+  Small center, scale, shift;
+};
+
 template <class T>
 void channel_moments(const T* x, SmallOut mean, SmallOut var, Shape shape);
 template <class T>
-void channel_affine(const T* x, Small center, Small scale, Small shift, T* y, Shape shape);
+void channel_affine(const T* x, Activated map, T* y, Shape shape);
+// dy is the gradient behind the activation, if there is one.
 template <class T>
-void channel_reduce(const T* dy, const T* x, Small center, SmallOut sum_dy, SmallOut sum_dy_x, Shape shape);
+void channel_reduce(const T* dy, const T* x, Small center, Activated map, SmallOut sum_dy, SmallOut sum_dy_x, Shape shape);
 template <class T>
-void channel_backward(const T* dy, const T* x, Small center, Small scale, Small slope, Small offset, T* dx, Shape shape);
+void channel_backward(const T* dy, const T* x, Small center, Small scale, Small slope, Small offset, Activated map, T* dx, Shape shape);
 
 // `rows` rows of k * s elements; element i of row r has the parameter (r % groups) * k + i / s; the first `measured` elements of a
 // row enter its statistic.
@@ -114,12 +136,13 @@ struct Rows {
   int64_t parameters() const { return groups * k; }
 };
 
-// weight and bias: one double per parameter; both or none.
+// weight and bias: one double per parameter; both or none. An activation needs s > 1 or no parameters.
 template <class T>
-void row_forward(const T* x, const double* weight, const double* bias, T* y, double* mean, double* rstd, Rows shape, double eps);
-// dweight and dbias: one double per parameter; both or none; weight only together with them.
+void row_forward(const T* x, const double* weight, const double* bias, Activation f, T* y, double* mean, double* rstd, Rows shape,
+                 double eps);
+// dweight and dbias: one double per parameter; both or none; weight only together with them; bias only where an activation follows.
 template <class T>
-void row_backward(const T* dy, const T* x, const double* weight, const double* mean, const double* rstd, T* dx, double* dweight,
-                  double* dbias, Rows shape);
+void row_backward(const T* dy, const T* x, const double* weight, const double* bias, Activation f, const double* mean,
+                  const double* rstd, T* dx, double* dweight, double* dbias, Rows shape);
 
 }  // namespace equinorm

@@ -131,29 +131,48 @@ void channel_moments_op(const Tensor& x, Tensor mean, Tensor var, int64_t n, int
   dispatch(op, x.scalar_type(), [&]<class T>(T*) { channel_moments(in<T>(x), m, v, shape); });
 }
 
+Activation checked_activation(const char* op, int64_t kind, double parameter) {
+  REQUIRE(kind >= 0 && kind < Activation::kKinds, "unknown activation ", kind);
+  return {static_cast<Activation::Kind>(kind), parameter};
+}
+
 void channel_affine_op(const Tensor& x, const Tensor& center, const Tensor& scale, const Tensor& shift, Tensor y, int64_t n, int64_t c,
-                       int64_t s, bool channels_last) {
+                       int64_t s, bool channels_last, int64_t activation, double parameter) {
   const char* op = "channel_affine";
   const Shape shape = checked_shape(op, n, c, s, channels_last);
   check_data(op, "x", x, x, n * c * s, channels_last);
   check_data(op, "y", y, x, n * c * s, channels_last);
-  const Small a = small(op, "center", center, shape), b = small(op, "scale", scale, shape), d = small(op, "shift", shift, shape);
-  dispatch(op, x.scalar_type(), [&]<class T>(T*) { channel_affine(in<T>(x), a, b, d, out<T>(y), shape); });
+  const Activated map{checked_activation(op, activation, parameter), small(op, "center", center, shape), small(op, "scale", scale, shape),
+                      small(op, "shift", shift, shape)};
+  dispatch(op, x.scalar_type(), [&]<class T>(T*) { channel_affine(in<T>(x), map, out<T>(y), shape); });
+}
+
+// The map and the activation whose gradient is to be pulled back, if there is one.
+Activated checked_map(const char* op, const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift, Shape shape,
+                      int64_t activation, double parameter) {
+  const Activation f = checked_activation(op, activation, parameter);
+  if (!f) return {};
+  REQUIRE(center && scale && shift, "an activation needs the center, scale and shift of the map before it");
+  return {f, small(op, "map_center", *center, shape), small(op, "map_scale", *scale, shape), small(op, "map_shift", *shift, shape)};
 }
 
 void channel_reduce_op(const Tensor& dy, const Tensor& x, const Tensor& center, Tensor sum_dy, Tensor sum_dy_x, int64_t n, int64_t c,
-                       int64_t s, bool channels_last) {
+                       int64_t s, bool channels_last, const OptionalTensor& map_center, const OptionalTensor& map_scale,
+                       const OptionalTensor& map_shift, int64_t activation, double parameter) {
   const char* op = "channel_reduce";
   const Shape shape = checked_shape(op, n, c, s, channels_last);
   check_data(op, "x", x, x, n * c * s, channels_last);
   check_data(op, "dy", dy, x, n * c * s, channels_last);
   const Small k = small(op, "center", center, shape);
   const SmallOut a = small_out(op, "sum_dy", sum_dy, shape), b = small_out(op, "sum_dy_x", sum_dy_x, shape);
-  dispatch(op, x.scalar_type(), [&]<class T>(T*) { channel_reduce(in<T>(dy), in<T>(x), k, a, b, shape); });
+  const Activated map = checked_map(op, map_center, map_scale, map_shift, shape, activation, parameter);
+  dispatch(op, x.scalar_type(), [&]<class T>(T*) { channel_reduce(in<T>(dy), in<T>(x), k, map, a, b, shape); });
 }
 
 void channel_backward_op(const Tensor& dy, const Tensor& x, const Tensor& center, const Tensor& scale, const Tensor& slope,
-                         const Tensor& offset, Tensor dx, int64_t n, int64_t c, int64_t s, bool channels_last) {
+                         const Tensor& offset, Tensor dx, int64_t n, int64_t c, int64_t s, bool channels_last,
+                         const OptionalTensor& map_center, const OptionalTensor& map_scale, const OptionalTensor& map_shift,
+                         int64_t activation, double parameter) {
   const char* op = "channel_backward";
   const Shape shape = checked_shape(op, n, c, s, channels_last);
   check_data(op, "x", x, x, n * c * s, channels_last);
@@ -161,7 +180,8 @@ void channel_backward_op(const Tensor& dy, const Tensor& x, const Tensor& center
   check_data(op, "dx", dx, x, n * c * s, channels_last);
   const Small a = small(op, "center", center, shape), b = small(op, "scale", scale, shape), d = small(op, "slope", slope, shape),
               e = small(op, "offset", offset, shape);
-  dispatch(op, x.scalar_type(), [&]<class T>(T*) { channel_backward(in<T>(dy), in<T>(x), a, b, d, e, out<T>(dx), shape); });
+  const Activated map = checked_map(op, map_center, map_scale, map_shift, shape, activation, parameter);
+  dispatch(op, x.scalar_type(), [&]<class T>(T*) { channel_backward(in<T>(dy), in<T>(x), a, b, d, e, map, out<T>(dx), shape); });
 }
 
 Rows checked_rows(const char* op, int64_t rows, int64_t groups, int64_t k, int64_t s, int64_t measured, bool centered) {
@@ -172,7 +192,7 @@ Rows checked_rows(const char* op, int64_t rows, int64_t groups, int64_t k, int64
 }
 
 // One parameter as doubles; where it is absent, `absent` throughout.
-Buffer<double> parameter(const char* op, const char* name, const OptionalTensor& t, int64_t count, double absent) {
+Buffer<double> parameter_of(const char* op, const char* name, const OptionalTensor& t, int64_t count, double absent) {
   Buffer<double> values(count, absent);
   if (!t) return values;
   REQUIRE(t->is_cpu() && t->is_contiguous(), name, " must be a contiguous tensor on the CPU");
@@ -189,37 +209,46 @@ void check_statistic(const char* op, const char* name, const Tensor& t, int64_t 
   REQUIRE(t.numel() == rows, name, " must have one element per row, ", rows, ", got ", t.numel());
 }
 
+Activation checked_row_activation(const char* op, int64_t kind, double parameter, const Rows& shape, bool parameters) {
+  const Activation f = checked_activation(op, kind, parameter);
+  REQUIRE(!f || shape.s > 1 || !parameters, "an activation cannot follow parameters per column");
+  return f;
+}
+
 void row_forward_op(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, Tensor y, Tensor mean, Tensor rstd,
-                    int64_t rows, int64_t groups, int64_t k, int64_t s, int64_t measured, double eps, bool centered) {
+                    int64_t rows, int64_t groups, int64_t k, int64_t s, int64_t measured, double eps, bool centered, int64_t activation,
+                    double parameter) {
   const char* op = "row_forward";
   const Rows shape = checked_rows(op, rows, groups, k, s, measured, centered);
+  const Activation f = checked_row_activation(op, activation, parameter, shape, weight || bias);
   check_data(op, "x", x, x, rows * shape.length(), false);
   check_data(op, "y", y, x, rows * shape.length(), false);
   check_statistic(op, "mean", mean, rows);
   check_statistic(op, "rstd", rstd, rows);
   Buffer<double> w, b;
   if (weight || bias) {
-    w = parameter(op, "weight", weight, shape.parameters(), 1);
-    b = parameter(op, "bias", bias, shape.parameters(), 0);
+    w = parameter_of(op, "weight", weight, shape.parameters(), 1);
+    b = parameter_of(op, "bias", bias, shape.parameters(), 0);
   }
   dispatch(op, x.scalar_type(), [&]<class T>(T*) {
-    row_forward(in<T>(x), w.empty() ? nullptr : w.data(), b.empty() ? nullptr : b.data(), out<T>(y), out<double>(mean),
+    row_forward(in<T>(x), w.empty() ? nullptr : w.data(), b.empty() ? nullptr : b.data(), f, out<T>(y), out<double>(mean),
                 out<double>(rstd), shape, eps);
   });
 }
 
 void row_backward_op(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& mean, const Tensor& rstd, Tensor dx,
                      const OptionalTensor& dweight, const OptionalTensor& dbias, int64_t rows, int64_t groups, int64_t k, int64_t s,
-                     int64_t measured, bool centered) {
+                     int64_t measured, bool centered, const OptionalTensor& bias, int64_t activation, double parameter) {
   const char* op = "row_backward";
   const Rows shape = checked_rows(op, rows, groups, k, s, measured, centered);
+  const Activation f = checked_row_activation(op, activation, parameter, shape, weight || bias);
   check_data(op, "x", x, x, rows * shape.length(), false);
   check_data(op, "dy", dy, x, rows * shape.length(), false);
   check_data(op, "dx", dx, x, rows * shape.length(), false);
   check_statistic(op, "mean", mean, rows);
   check_statistic(op, "rstd", rstd, rows);
   // The gradients of both parameters are summed if any is wanted, in double, and rounded once.
-  Buffer<double> w, dw, db;
+  Buffer<double> w, b, dw, db;
   const auto check_gradient = [&](const char* name, const OptionalTensor& t) {
     if (!t) return;
     REQUIRE(t->is_cpu() && t->is_contiguous(), name, " must be a contiguous tensor on the CPU");
@@ -227,12 +256,13 @@ void row_backward_op(const Tensor& dy, const Tensor& x, const OptionalTensor& we
   };
   check_gradient("dweight", dweight), check_gradient("dbias", dbias);
   if (weight || dweight || dbias) {
-    w = parameter(op, "weight", weight, shape.parameters(), 1);
+    w = parameter_of(op, "weight", weight, shape.parameters(), 1);
     dw.resize(shape.parameters()), db.resize(shape.parameters());
   }
+  if (f && bias) b = parameter_of(op, "bias", bias, shape.parameters(), 0);
   dispatch(op, x.scalar_type(), [&]<class T>(T*) {
-    row_backward(in<T>(dy), in<T>(x), w.empty() ? nullptr : w.data(), in<double>(mean), in<double>(rstd), out<T>(dx),
-                 w.empty() ? nullptr : dw.data(), w.empty() ? nullptr : db.data(), shape);
+    row_backward(in<T>(dy), in<T>(x), w.empty() ? nullptr : w.data(), b.empty() ? nullptr : b.data(), f, in<double>(mean),
+                 in<double>(rstd), out<T>(dx), w.empty() ? nullptr : dw.data(), w.empty() ? nullptr : db.data(), shape);
   });
   const auto write = [&](const OptionalTensor& t, const Buffer<double>& values) {
     if (!t) return;
@@ -274,15 +304,19 @@ void running_update_op(Tensor running_mean, Tensor running_var, const Tensor& me
 
 STABLE_TORCH_LIBRARY(equinorm, m) {
   m.def("channel_moments(Tensor x, Tensor(a!) mean, Tensor(b!) var, int n, int c, int s, bool channels_last) -> ()");
-  m.def("channel_affine(Tensor x, Tensor center, Tensor scale, Tensor shift, Tensor(a!) y, int n, int c, int s, bool channels_last) -> ()");
+  m.def("channel_affine(Tensor x, Tensor center, Tensor scale, Tensor shift, Tensor(a!) y, int n, int c, int s, bool channels_last,"
+        " int activation=0, float parameter=0.0) -> ()");
   m.def("channel_reduce(Tensor dy, Tensor x, Tensor center, Tensor(a!) sum_dy, Tensor(b!) sum_dy_x, int n, int c, int s,"
-        " bool channels_last) -> ()");
+        " bool channels_last, Tensor? map_center=None, Tensor? map_scale=None, Tensor? map_shift=None, int activation=0,"
+        " float parameter=0.0) -> ()");
   m.def("channel_backward(Tensor dy, Tensor x, Tensor center, Tensor scale, Tensor slope, Tensor offset, Tensor(a!) dx, int n, int c,"
-        " int s, bool channels_last) -> ()");
+        " int s, bool channels_last, Tensor? map_center=None, Tensor? map_scale=None, Tensor? map_shift=None, int activation=0,"
+        " float parameter=0.0) -> ()");
   m.def("row_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, int rows, int groups, int k,"
-        " int s, int measured, float eps, bool centered) -> ()");
+        " int s, int measured, float eps, bool centered, int activation=0, float parameter=0.0) -> ()");
   m.def("row_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor(a!) dx, Tensor(b!)? dweight,"
-        " Tensor(c!)? dbias, int rows, int groups, int k, int s, int measured, bool centered) -> ()");
+        " Tensor(c!)? dbias, int rows, int groups, int k, int s, int measured, bool centered, Tensor? bias=None, int activation=0,"
+        " float parameter=0.0) -> ()");
   m.def("running_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float weight, float bessel) -> ()");
 }
 

@@ -135,7 +135,8 @@ bool normalize_columns(const T* x, T* y, int64_t count, double mean, double rstd
 }  // namespace
 
 template <class T>
-void row_forward(const T* x, const double* weight, const double* bias, T* y, double* mean, double* rstd, Rows shape, double eps) {
+void row_forward(const T* x, const double* weight, const double* bias, Activation f, T* y, double* mean, double* rstd, Rows shape,
+                 double eps) {
   const std::vector<Piece> pieces = pieces_of(shape);
   const int64_t segments = divide_up(shape.measured, kSegment);
   const auto length = [&](int64_t k) { return std::min(kSegment, shape.measured - k * kSegment); };
@@ -171,7 +172,7 @@ void row_forward(const T* x, const double* weight, const double* bias, T* y, dou
       return;
     }
     const double parameters[] = {mean[row], weight ? rstd[row] * weight[p] : rstd[row], bias ? bias[p] : 0};
-    apply_run<AffineMap>(x + at, x + at, y + at, count, parameters, to);
+    activate_run(f, x + at, y + at, count, parameters, to);
   };
   const auto ahead = [&](int64_t row, int64_t i) { prefetch(x + row * shape.length() + pieces[i].begin, pieces[i].count * sizeof(T)); };
   by_rows(shape, segments, static_cast<int64_t>(pieces.size()), measure, merge, finish, ahead);
@@ -195,16 +196,27 @@ Flow flow(const Rows& shape, Sums sums) {
 
 // Parameters per channel, or none: everything is a map of runs.
 template <class T>
-void backward_channels(const T* dy, const T* x, const double* weight, const double* mean, const double* rstd, T* dx, double* dweight,
-                       double* dbias, const Rows& shape) {
+void backward_channels(const T* dy, const T* x, const double* weight, const double* bias, Activation f, const double* mean,
+                       const double* rstd, T* dx, double* dweight, double* dbias, const Rows& shape) {
   const std::vector<Piece> pieces = pieces_of(shape);
   const int64_t parameters = shape.parameters(), count = static_cast<int64_t>(pieces.size());
   std::vector<Sums> sums(shape.rows * count), channels(dweight ? shape.rows * shape.k : 0);
   std::vector<Flow> flows(shape.rows);
   const To to = destination(shape.rows * shape.length() * sizeof(T));
-  const auto measure = [&](int64_t row, int64_t, int64_t i) {
+  // Calls body(i, count, gradient before the activation) for parts of a piece.
+  const auto pulled = [&](int64_t row, int64_t group, const Piece& piece, const auto& body) {
+    const int64_t at = row * shape.length() + piece.begin, p = group * shape.k + piece.parameter;
+    const double affine[] = {mean[row], weight ? rstd[row] * weight[p] : rstd[row], bias ? bias[p] : 0};
+    for_pulled(f, dy + at, x + at, piece.count, affine, body);
+  };
+  const auto measure = [&](int64_t row, int64_t group, int64_t i) {
     const int64_t at = row * shape.length() + pieces[i].begin;
-    sums[row * count + i] = run_reduce(dy + at, x + at, pieces[i].count, mean[row]);
+    Sums total{0, 0};
+    pulled(row, group, pieces[i], [&](int64_t k, int64_t n, const auto* g) {
+      const Sums part = run_reduce(g, x + at + k, n, mean[row]);
+      total.first += part.first, total.second += part.second;
+    });
+    sums[row * count + i] = total;
   };
   const auto merge = [&](int64_t row, int64_t group) {
     Sums total{0, 0};
@@ -223,8 +235,11 @@ void backward_channels(const T* dy, const T* x, const double* weight, const doub
     const int64_t at = row * shape.length() + begin, measured = std::clamp<int64_t>(shape.measured - begin, 0, count);
     const double r = rstd[row], w = weight ? weight[group * shape.k + parameter] : 1;
     const double inside[] = {mean[row], r * w, -r * r * flows[row].slope, -r * flows[row].constant}, outside[] = {0, r * w, 0, 0};
-    if (measured > 0) apply_run<BackwardMap>(x + at, dy + at, dx + at, measured, inside, to);
-    if (measured < count) apply_run<BackwardMap>(x + at + measured, dy + at + measured, dx + at + measured, count - measured, outside, to);
+    pulled(row, group, pieces[i], [&](int64_t k, int64_t n, const auto* g) {
+      const int64_t from = at + k, m = std::clamp<int64_t>(measured - k, 0, n);
+      if (m > 0) apply_run<BackwardMap>(x + from, g, dx + from, m, inside, to);
+      if (m < n) apply_run<BackwardMap>(x + from + m, g + m, dx + from + m, n - m, outside, to);
+    });
   };
   const auto ahead = [&](int64_t row, int64_t i) {
     const int64_t at = row * shape.length() + pieces[i].begin;
@@ -372,17 +387,18 @@ void backward_columns(const T* dy, const T* x, const double* weight, const doubl
 }  // namespace
 
 template <class T>
-void row_backward(const T* dy, const T* x, const double* weight, const double* mean, const double* rstd, T* dx, double* dweight,
-                  double* dbias, Rows shape) {
+void row_backward(const T* dy, const T* x, const double* weight, const double* bias, Activation f, const double* mean,
+                  const double* rstd, T* dx, double* dweight, double* dbias, Rows shape) {
   if (shape.s == 1 && weight)
     backward_columns(dy, x, weight, mean, rstd, dx, dweight, dbias, shape);
   else
-    backward_channels(dy, x, weight, mean, rstd, dx, dweight, dbias, shape);
+    backward_channels(dy, x, weight, bias, f, mean, rstd, dx, dweight, dbias, shape);
 }
 
 #define EQUINORM_INSTANTIATE(T)                                                                                    \
-  template void row_forward(const T*, const double*, const double*, T*, double*, double*, Rows, double);           \
-  template void row_backward(const T*, const T*, const double*, const double*, const double*, T*, double*, double*, Rows);
+  template void row_forward(const T*, const double*, const double*, Activation, T*, double*, double*, Rows, double); \
+  template void row_backward(const T*, const T*, const double*, const double*, Activation, const double*, const double*, T*, double*, \
+                             double*, Rows);
 EQUINORM_INSTANTIATE(double)
 EQUINORM_INSTANTIATE(float)
 EQUINORM_INSTANTIATE(bfloat16)

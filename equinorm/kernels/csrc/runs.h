@@ -13,7 +13,7 @@
 
 #include <utility>
 
-#include "kernels.h"
+#include "activations.h"
 
 namespace equinorm {
 
@@ -162,8 +162,8 @@ D cut_off(D held, D center, D sum_dy) {
   return held == center ? D{} : (held - center) * sum_dy;
 }
 
-template <class V, class T>
-EQUINORM_INLINE inline Sums reduce_about(const T* dy, const T* x, int64_t count, double center) {
+template <class V, class G, class T>
+EQUINORM_INLINE inline Sums reduce_about(const G* dy, const T* x, int64_t count, double center) {
   const double held = static_cast<Scalar<V>>(center);
   const V k = splat<V>(held);
   Sums sums = run_sums<V>(count, [&](const auto& get) EQUINORM_INLINE {
@@ -174,14 +174,14 @@ EQUINORM_INLINE inline Sums reduce_about(const T* dy, const T* x, int64_t count,
   return sums;
 }
 
-template <class T>
-[[gnu::noinline]] Sums run_reduce_in_double(const T* dy, const T* x, int64_t count, double center) {
+template <class G, class T>
+[[gnu::noinline]] Sums run_reduce_in_double(const G* dy, const T* x, int64_t count, double center) {
   return reduce_about<Doubles>(dy, x, count, center);
 }
 
 // Sums of dy and of dy * (x - center).
-template <class T>
-Sums run_reduce(const T* dy, const T* x, int64_t count, double center) {
+template <class G, class T>
+Sums run_reduce(const G* dy, const T* x, int64_t count, double center) {
   if constexpr (in_float<T>) {
     if (count >= lanes<Floats> && abs(center) <= kLargest) {
       const Sums sums = reduce_about<Floats>(dy, x, count, center);
@@ -237,14 +237,9 @@ EQUINORM_INLINE inline bool fit_floats(const double* p, float* out) {
   return fit;
 }
 
-template <class V, class T>
-bool aligned(const T* to) {
-  return reinterpret_cast<uintptr_t>(to) % (lanes<V> * sizeof(T)) == 0;
-}
-
 // out[i] = map(x[i], dy[i]) for the vector at i; `in` is the map with its parameters.
-template <class Map, class V, To to, class T>
-EQUINORM_INLINE inline void apply_at(const typename Map::template In<V>& in, const T* x, const T* dy, T* out, int64_t i) {
+template <class Map, class V, To to, class T, class G, class Out>
+EQUINORM_INLINE inline void apply_at(const typename Map::template In<V>& in, const T* x, const G* dy, Out* out, int64_t i) {
   V g{};
   if constexpr (Map::kGradient) g = load<V>(dy + i);
   const V y = in(load<V>(x + i), g);
@@ -254,24 +249,24 @@ EQUINORM_INLINE inline void apply_at(const typename Map::template In<V>& in, con
     store(out + i, y);
 }
 
-template <class Map, class V, class T>
-void apply_part(const typename Map::template In<V>& in, const T* x, const T* dy, T* out, int64_t count) {
+template <class Map, class V, class T, class G, class Out>
+void apply_part(const typename Map::template In<V>& in, const T* x, const G* dy, Out* out, int64_t count) {
   V g{};
   if constexpr (Map::kGradient) g = load_part<V>(dy, count);
   store_part(out, in(load_part<V>(x, count), g), count);
 }
 
 // in(i) is the map at element i. The last vector of a run reaches back: the same values are stored again.
-template <class Map, class V, To to, class T, class In>
-EQUINORM_INLINE inline void apply_vectors(const T* x, const T* dy, T* out, int64_t count, const In& in) {
+template <class Map, class V, To to, class T, class G, class Out, class In>
+EQUINORM_INLINE inline void apply_vectors(const T* x, const G* dy, Out* out, int64_t count, const In& in) {
   int64_t i = 0;
   for (; i + lanes<V> <= count; i += lanes<V>) apply_at<Map, V, to>(in(i), x, dy, out, i);
   if (i < count) apply_at<Map, V, To::caches>(in(count - lanes<V>), x, dy, out, count - lanes<V>);
 }
 
 // The map with one set of parameters for the whole run.
-template <class Map, class V, class T>
-EQUINORM_INLINE inline void apply_fixed(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters, To to) {
+template <class Map, class V, class T, class G, class Out>
+EQUINORM_INLINE inline void apply_fixed(const T* x, const G* dy, Out* out, int64_t count, const Scalar<V>* parameters, To to) {
   const typename Map::template In<V> in([&](int m) EQUINORM_INLINE { return splat<V>(parameters[m]); });
   if (count < lanes<V>) return apply_part<Map, V>(in, x, dy, out, count);
   const auto everywhere = [&](int64_t) EQUINORM_INLINE { return in; };
@@ -279,13 +274,13 @@ EQUINORM_INLINE inline void apply_fixed(const T* x, const T* dy, T* out, int64_t
   apply_vectors<Map, V, To::caches>(x, dy, out, count, everywhere);
 }
 
-template <class Map, class T>
-[[gnu::noinline]] void apply_fixed_in_double(const T* x, const T* dy, T* out, int64_t count, const double* parameters, To to) {
+template <class Map, class T, class G, class Out>
+[[gnu::noinline]] void apply_fixed_in_double(const T* x, const G* dy, Out* out, int64_t count, const double* parameters, To to) {
   apply_fixed<Map, Doubles>(x, dy, out, count, parameters, to);
 }
 
-template <class Map, class T>
-void apply_run(const T* x, const T* dy, T* out, int64_t count, const double* parameters, To to) {
+template <class Map, class T, class G, class Out>
+void apply_run(const T* x, const G* dy, Out* out, int64_t count, const double* parameters, To to) {
   if constexpr (in_float<T>) {
     float cut[Map::kParameters];
     if (count >= lanes<Floats> && fit_floats<Map>(parameters, cut)) return apply_fixed<Map, Floats>(x, dy, out, count, cut, to);
@@ -294,8 +289,8 @@ void apply_run(const T* x, const T* dy, T* out, int64_t count, const double* par
 }
 
 // The map with parameters for each column, `stride` apart in memory.
-template <class Map, class V, class T>
-EQUINORM_INLINE inline void apply_columns(const T* x, const T* dy, T* out, int64_t count, const Scalar<V>* parameters, int64_t stride,
+template <class Map, class V, class T, class G, class Out>
+EQUINORM_INLINE inline void apply_columns(const T* x, const G* dy, Out* out, int64_t count, const Scalar<V>* parameters, int64_t stride,
                                           To to) {
   using In = typename Map::template In<V>;
   if (count < lanes<V>)
@@ -305,6 +300,37 @@ EQUINORM_INLINE inline void apply_columns(const T* x, const T* dy, T* out, int64
   };
   if (to == To::memory && aligned<V>(out)) return apply_vectors<Map, V, To::memory>(x, dy, out, count, in);
   apply_vectors<Map, V, To::caches>(x, dy, out, count, in);
+}
+
+// ---- maps with an activation behind them --------------------------------------------------------------------------------------
+
+// Calls body(i, count) for the parts of a run that fit a scratch.
+template <class Body>
+EQUINORM_INLINE inline void for_scratches(int64_t count, const Body& body) {
+  for (int64_t i = 0; i < count; i += kScratch) body(i, std::min(kScratch, count - i));
+}
+
+// y = f(affine(x)) with one set of parameters.
+template <class T>
+void activate_run(Activation f, const T* x, T* y, int64_t count, const double* affine, To to) {
+  if (!f) return apply_run<AffineMap>(x, x, y, count, affine, to);
+  Scratch<Wide<T>> z;
+  for_scratches(count, [&](int64_t i, int64_t n) {
+    apply_run<AffineMap>(x + i, x + i, z.values, n, affine, To::caches);
+    activate(f, z.values, y + i, n, to);
+  });
+}
+
+// Calls body(i, count, gradient before the activation) for the parts of a run, whose gradient behind it is dy.
+template <class T, class Body>
+EQUINORM_INLINE inline void for_pulled(Activation f, const T* dy, const T* x, int64_t count, const double* affine, const Body& body) {
+  if (!f) return body(0, count, dy);
+  Scratch<Wide<T>> z;
+  for_scratches(count, [&](int64_t i, int64_t n) {
+    apply_run<AffineMap>(x + i, x + i, z.values, n, affine, To::caches);
+    pull(f, dy + i, z.values, n);
+    body(i, n, static_cast<const Wide<T>*>(z.values));
+  });
 }
 
 }  // namespace equinorm
