@@ -113,6 +113,9 @@ def prepared(contender: Contender, size: int, dtype: torch.dtype, compiled: bool
         except Disagreement as difference:
             notes[name] = str(difference)
             continue
+        except Exception as error:  # noqa: BLE001 - a library that is there need not work: the reason stands where the number would
+            notes[name] = f"cannot be built: {_reason(error)}"
+            continue
         modules[name] = peer
     if contender.channel_rule:
         modules[BATCH] = equinorm.BatchNorm(size)
@@ -175,13 +178,18 @@ def broken(modules: dict[str, nn.Module], x: Tensor, extra: tuple[Any, ...], of:
             except Exception as error:
                 if who == OURS:
                     raise
-                notes[who] = f"does not run: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+                notes[who] = f"does not run: {_reason(error)}"
                 continue
         if expected is None:
             expected = y
         elif not (error := apart(y, expected)) <= SANE:
             notes[who] = f"is wrong here: its output differs by {error:.1e} of the largest value"
     return notes
+
+
+def _reason(error: Exception) -> str:
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[:100]}"
 
 
 def apart(actual: Tensor, expected: Tensor) -> float:
