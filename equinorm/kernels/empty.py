@@ -14,7 +14,11 @@ from torch import Tensor
 def moments(x: Tensor, per: Literal["sample", "batch"]) -> tuple[Tensor, Tensor]:
     """Mean and variance 0, each (N, C) or, over the batch, (1, C)."""
     shape = (x.shape[0] if per == "sample" else 1, x.shape[1])
-    return torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    return torch.zeros(shape, dtype=torch.float64, device=x.device), torch.zeros(shape, dtype=torch.float64, device=x.device)
+
+
+def fused(_: object) -> None:
+    """Nothing follows nothing."""
 
 
 def affine(x: Tensor, *_: Tensor) -> Tensor:
@@ -34,12 +38,13 @@ def backward(_: Tensor, x: Tensor, *__: Tensor) -> Tensor:
 
 def row_forward(x: Tensor, *_: Tensor | None, rows: int, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Nothing, in the shape of x; mean and rstd of no rows."""
-    return torch.empty_like(x), torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
+    mean, rstd = torch.zeros(2, rows, dtype=torch.float64, device=x.device)
+    return torch.empty_like(x), mean, rstd
 
 
 def row_backward(
     _: Tensor, x: Tensor, *__: Tensor | None, wanted: tuple[bool, bool, bool], groups: int, k: int, **___: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Nothing for x; gradient 0 for the parameters, each (groups * k,)."""
-    dweight, dbias = (torch.zeros(groups * k, dtype=torch.float64) if need else None for need in wanted[1:])
+    dweight, dbias = (torch.zeros(groups * k, dtype=torch.float64, device=x.device) if need else None for need in wanted[1:])
     return torch.empty_like(x), dweight, dbias
