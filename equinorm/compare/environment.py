@@ -16,7 +16,7 @@ import torch
 
 import equinorm
 from equinorm.compare.errors import InputError
-from equinorm.kernels import cpu
+from equinorm.kernels import cpu, gpu
 
 # Import name, distribution, the extra that brings it.
 OPTIONAL = (
@@ -76,6 +76,7 @@ def run(arguments: Namespace) -> int:
         **machine(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "kernels": cpu.info(),
+        "gpu kernels": gpu.info(),
         "optional": versions("compare", "parquet"),
     }
     if arguments.json:

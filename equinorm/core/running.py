@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from equinorm.core.moments import Moments
-from equinorm.kernels import cpu, pick
+from equinorm.kernels import empty, pick
 from equinorm.kernels.reference import HALF, small_dtype
 
 
@@ -170,9 +170,10 @@ class RunningMoments(RunningState):
                 return
             some = None
             self.num_batches_tracked.add_(1)
-            if self.momentum is not None and pick(self.running_mean) is cpu:
+            kernels = pick(self.running_mean)
+            if self.momentum is not None and kernels is not None and kernels is not empty:
                 bessel = count / (count - 1) if unbiased else 1.0
-                cpu.running_update(self.running_mean, self.running_var, seen.mean, seen.var, self.momentum, bessel)
+                kernels.running_update(self.running_mean, self.running_var, seen.mean, seen.var, self.momentum, bessel)
                 return
             var = seen.var * (count / (count - 1)) if unbiased else seen.var
         weight = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.clamp(min=1).to(seen.mean.dtype)

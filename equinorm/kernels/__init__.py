@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.autograd import forward_ad
 
-from equinorm.kernels import cpu, empty
+from equinorm.kernels import cpu, empty, gpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Impl = Literal["auto", "plain"]
 
+_BY_DEVICE = {"cpu": cpu, "cuda": gpu}
 _ruled_out = threading.local()
 
 
@@ -59,11 +60,12 @@ def pick(x: Tensor, impl: Impl = "auto") -> ModuleType | None:
         return None
     if getattr(_ruled_out, "depth", 0):
         return None
-    if x.device.type != "cpu" or observed(x):
+    kernels = _BY_DEVICE.get(x.device.type)
+    if kernels is None or observed(x):
         return None
-    if x.dtype not in cpu.DTYPES or not cpu.available():
+    if x.dtype not in kernels.DTYPES or not kernels.available():
         return None
-    return cpu if x.numel() else empty
+    return kernels if x.numel() else empty
 
 
 def observed(x: Tensor) -> bool:
