@@ -8,6 +8,7 @@ import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +26,7 @@ from equinorm.compare.errors import InputError
 from equinorm.kernels import cpu
 
 SILENCE = 20.0  # seconds between two lines about progress
-ENTRY_SECONDS, QUICK_SECONDS = 4.0, 0.5
+ENTRY_SECONDS, QUICK_SECONDS = 3.0, 0.5
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -59,6 +60,8 @@ def run(arguments: Namespace) -> int:
     """Measure and print. Returns the exit code."""
     if arguments.plot is not None and arguments.plot.suffix not in (".svg", ".png"):
         raise InputError(f"--plot needs a file that ends in .svg or .png, got {arguments.plot}")
+    if arguments.plot is not None and find_spec("matplotlib") is None:
+        raise InputError('--plot needs matplotlib: pip install "equinorm[compare]"')
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or threads)
     try:

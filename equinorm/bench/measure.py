@@ -93,6 +93,8 @@ def measure(entries: list[Entry], rounds: int, seconds: float, compiled: bool) -
         notes |= broken(modules, x, extra, entry.of)
         calls = {who: call(module, x, () if who == BATCH else extra, dy, entry.of) for who, module in modules.items() if who not in notes}
         calls[COPY] = lambda: x.detach().clone()
+        notes |= failing(calls)
+        calls = {who: function for who, function in calls.items() if who not in notes}
         times, taken = interleaved(calls, rounds, seconds)
         found += [Timing(entry, who, times[who], times[COPY], taken) for who in calls]
         found += [Timing(entry, who, None, times[COPY], 0, note) for who, note in notes.items()]
@@ -184,6 +186,19 @@ def broken(modules: dict[str, nn.Module], x: Tensor, extra: tuple[Any, ...], of:
             expected = y
         elif not (error := apart(y, expected)) <= SANE:
             notes[who] = f"is wrong here: its output differs by {error:.1e} of the largest value"
+    return notes
+
+
+def failing(calls: dict[str, Callable[[], object]]) -> dict[str, str]:
+    """Peers whose call raises, in backward for instance, with the reason."""
+    notes = {}
+    for who, function in calls.items():
+        try:
+            function()
+        except Exception as error:
+            if who in (OURS, COPY, BATCH):
+                raise
+            notes[who] = f"does not run: {_reason(error)}"
     return notes
 
 

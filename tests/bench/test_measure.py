@@ -90,6 +90,43 @@ def test_a_peer_that_does_not_run_says_why(monkeypatch):
     assert set(timings) == {OURS, COPY, "peer"}
 
 
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy.dtype == torch.float32:
+            raise RuntimeError("no backward in float32")
+        return dy
+
+
+def test_a_peer_that_fails_in_backward_says_why(monkeypatch):
+    peer = composed(
+        lambda x, p, training: OnceDifferentiable.apply(
+            nn.functional.batch_norm(x, p["running_mean"].clone(), p["running_var"].clone(), p["weight"], p["bias"], training=training)
+        )
+    )
+    monkeypatch.setitem(BY_NAME, "batch", Contender("batch", "channel", equinorm.BatchNorm, {"peer": peer}))
+    timings = {t.who: t for t in measure([entry()], rounds=1, seconds=0.0, compiled=False)}
+    assert timings["peer"].note == "does not run: RuntimeError: no backward in float32"
+    assert timings["peer"].seconds is None
+    assert timings[OURS].seconds is not None
+
+
+def test_a_failure_of_ours_is_no_note(monkeypatch):
+    class Fails(equinorm.BatchNorm):
+        def forward(self, x, *args, **kwargs):
+            if x.dtype == torch.float32:
+                raise RuntimeError("ours is broken")
+            return super().forward(x, *args, **kwargs)
+
+    monkeypatch.setitem(BY_NAME, "batch", Contender("batch", "channel", Fails, {"torch": BY_NAME["batch"].peers["torch"]}))
+    with pytest.raises(RuntimeError, match="ours is broken"):
+        measure([entry()], rounds=1, seconds=0.0, compiled=False)
+
+
 @pytest.mark.parametrize("of", ["eval", "forward", "both"])
 @pytest.mark.parametrize(("name", "who"), [("switch", {OURS, COPY, BATCH, "composed"}), ("rms", {OURS, COPY, "torch"})])
 def test_ours_peers_and_a_copy_are_timed_in_the_same_rounds(name, who, of):

@@ -6,10 +6,11 @@ import csv
 
 import pytest
 
+from equinorm.bench import command
 from equinorm.bench import results as module
 from equinorm.bench.goals import goals, side_by_side
 from equinorm.bench.grid import Entry
-from equinorm.bench.measure import BATCH, COPY, OURS, Timing
+from equinorm.bench.measure import BATCH, COPY, OURS, Timing, measure
 from equinorm.bench.results import COLUMNS, Results, read
 from equinorm.bench.table import missed, summary
 from equinorm.cli import main
@@ -163,6 +164,26 @@ def test_bad_arguments(arguments, message, capsys):
 def test_what_cannot_be_done(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert main(["bench", "--plot", "chart.svg"]) == 2
+    assert '--plot needs matplotlib: pip install "equinorm[compare]"' in capsys.readouterr().err
+
+
+def test_an_input_that_fails_does_not_end_the_run(monkeypatch, capsys, tmp_path):
+    def fails_on_bfloat16(entries, *options):
+        if entries[0].dtype == "bfloat16":
+            raise RuntimeError("out of memory")
+        return measure(entries, *options)
+
+    monkeypatch.setattr(command, "measure", fails_on_bfloat16)
+    arguments = ["--norms", "rms", "--shapes", "6x16", "--passes", "eval", "--rounds", "1", "--pages", "default", "--quick"]
+    assert main(["bench", *arguments, "--csv", str(tmp_path / "bench.csv")]) == 1
+    assert "failed: rms 6x16 bfloat16 contiguous eval, pages default: RuntimeError: out of memory" in capsys.readouterr().out
+    _, found = read(tmp_path / "bench.csv")
+    assert {timing.entry.dtype for timing in found} == {"float32"}
 
 
 def test_the_time_budget_ends_a_run_in_good_order(capsys):
