@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -204,17 +203,24 @@ def _axis(module: nn.Module, kind: str) -> int:
     return -1 if rows else 1
 
 
+def view(module: nn.Module) -> Any:
+    """Another module with the same tensors and submodules: what is assigned to it stays with it."""
+    other = object.__new__(type(module))  # copy.copy would go by pickling, which parametrized modules refuse
+    other.__dict__.update(module.__dict__)
+    return other
+
+
 def _without_activation(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
     """The module without what it applies after normalizing, sharing its tensors; and what that is."""
     if isinstance(name := getattr(module, "activation", None), str) and name != "identity" and hasattr(module, "activation_param"):
         made = {"leaky_relu": nn.LeakyReLU, "elu": nn.ELU}[name](module.activation_param)
-        bare = copy.copy(module)
-        bare.activation = "identity"  # type: ignore[assignment]
+        bare = view(module)
+        bare.activation = "identity"
         return bare, (made,)
     fused = [name for name in FUSED if isinstance(module._modules.get(name), nn.Module)]
     if not fused:
         return module, ()
-    bare = copy.copy(module)
+    bare = view(module)
     bare._modules = {name: nn.Identity() if name in fused else child for name, child in module._modules.items()}
     parts = (module._modules[name] for name in fused)
     return bare, tuple(part for part in parts if part is not None and not isinstance(part, nn.Identity))

@@ -120,7 +120,6 @@ class Linear:
         if keep:
             new.bias = nn.Parameter(self.bias.to(self.dtype), trained)
         new.training = old.training
-        new._forward_hooks.update(old._forward_hooks)
         return new
 
 

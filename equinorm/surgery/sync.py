@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from equinorm.norms.batch import BatchNorm
 from equinorm.norms.sync_batch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from equinorm.surgery.freeze import is_frozen
-from equinorm.surgery.kinds import Norm, Where, chosen, norms
+from equinorm.surgery.kinds import Norm, Where, chosen, norms, view
 from equinorm.surgery.layout import MovedChannels
 from equinorm.surgery.places import replace
 from equinorm.surgery.plan import Change, Plan, Refusal
@@ -118,7 +117,7 @@ def _plain(norm: Norm) -> nn.Module:
     base = next((cls for cls in TORCH if isinstance(norm.core, cls)), None)
     if not fused or base is None:
         return norm.inner
-    bare: Any = copy.copy(norm.core)
+    bare = view(norm.core)
     bare.__class__ = base
     bare._modules = {}
     return bare
