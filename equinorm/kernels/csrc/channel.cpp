@@ -19,7 +19,7 @@ struct Blocks {
   int64_t rows, c, fold, height, per_sample, count;
   Blocks(int64_t samples, int64_t rows, int64_t c) : rows(rows), c(c) {
     fold = divide_up(kNarrow, c);
-    const int64_t elements = std::clamp<int64_t>(rows * c / 64, 32768, 131072);
+    const int64_t elements = std::clamp<int64_t>(rows * c / 16, 32768, 131072);
     height = divide_up(std::clamp<int64_t>(elements / c, 32, kSegment), fold) * fold;
     per_sample = divide_up(rows, height);
     count = samples * per_sample;
