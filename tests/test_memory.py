@@ -31,7 +31,7 @@ MORE = {
     "ada_layer": (2.3, "the norm's output, which the map per token multiplies, and that map"),
     "ada_layer_zero": (2.3, "as ada_layer"),
     "spade": (4, "scale and shift at every position, and the convolutions that make them"),
-    "mixture": (8, "posteriors per position and component, composed"),
+    "mixture": (1.6, "the input, and posteriors per position and component"),
     "online": (2, "the input and the output, from which the backward's control takes its step"),
     "power": (2.2, "group scaling before the norm is a layer of its own"),
     "layer_lstm": (20, "gates of every step"),

@@ -11,10 +11,12 @@ from equinorm.core import Moments
 from equinorm.core.base import ChannelNorm, check_batch, check_channels, check_count, check_fraction
 from equinorm.core.channel import canonical_mask
 from equinorm.core.measure import measure
+from equinorm.core.mixed import BLOCK, columns, from_columns, mixed_norm
 from equinorm.core.running import RunningState, recomputing
 from equinorm.core.sync import LEAST, agree, gather
 from equinorm.facts import Facts, Paper
-from equinorm.kernels.reference import affine, small_dtype, wide
+from equinorm.kernels import observed
+from equinorm.kernels.reference import small_dtype, wide
 
 if TYPE_CHECKING:
     from equinorm.core.sync import Group
@@ -31,6 +33,12 @@ class Mixture(NamedTuple):
     mean: Tensor  # (K, C)
     var: Tensor  # (K, C)
 
+    @classmethod
+    def of(cls, pooled: Moments) -> Mixture:
+        """The mixture of these moments (K, C), shares by their counts (K, 1)."""
+        counts = torch.as_tensor(pooled.count).squeeze(1)
+        return cls(counts / counts.sum().clamp(min=LEAST), pooled.mean, pooled.var)
+
     def moments(self) -> Moments:
         """Mean and variance of the whole, (1, C)."""
         mean = self.share @ self.mean
@@ -46,39 +54,61 @@ def _deviation(frame: Moments) -> Tensor:
     return torch.where(frame.var > 0, frame.var, 1.0).sqrt()
 
 
-def posterior(points: Tensor, mixture: Mixture) -> Tensor:
-    """The E step: how responsible each component is for each of ``points`` (M, C), in standardized coordinates: (M, K)."""
+class Points(NamedTuple):
+    """Points in C standardized coordinates, and their squares: (..., C, M). Both steps of the fit are products with them."""
+
+    values: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, frame: Moments) -> Points:
+        """``x`` (..., C, M) in the coordinates of ``frame``; what is not finite lies at the origin."""
+        values = (x - frame.mean.to(x.dtype).T).to(frame.mean.dtype).div_(_deviation(frame).T)
+        if blocking(x) or not values.sum().isfinite():
+            values = torch.where(values.isfinite(), values, 0.0)
+        return cls(values, values.square())
+
+
+def blocking(x: Tensor) -> bool:
+    """Whether asking a tensor for its value would wait for a device, or cannot be asked at all."""
+    return x.device.type != "cpu" or observed(x)
+
+
+def posterior(points: Points, mixture: Mixture) -> Tensor:
+    """The E step: how responsible each component is for each of the points: (..., K, M)."""
     # -1/2 sum_c (x_c - mu_c)^2 / var_c by two matrix products; points and mixture are standardized, so nothing cancels.
     var = mixture.var.clamp(min=FLOOR)  # (K, C)
     constant = mixture.share.log() - (mixture.mean.square() / var + var.log()).sum(1) / 2
-    logs = constant + points @ (mixture.mean / var).T - points.square() @ (0.5 / var).T
-    return logs.softmax(1)
+    linear, quadratic = (part.expand(*points.values.shape[:-2], -1, -1) for part in (mixture.mean / var, -0.5 / var))
+    return (linear @ points.values).add_(quadratic @ points.squares).add_(constant.unsqueeze(1)).softmax(-2)
 
 
-def maximize(points: Tensor, responsible: Tensor, group: Group) -> Mixture:
-    """The M step: weighted moments of ``points`` (M, C) under ``responsible`` (M, K), over all processes of ``group``."""
-    counts = responsible.sum(0)  # (K,)
+def maximize(points: Points, responsible: Tensor, group: Group) -> Mixture:
+    """The M step: weighted moments of M points under ``responsible`` (K, M), over all processes of ``group``."""
+    counts = responsible.sum(1, keepdim=True)  # (K, 1)
     share = responsible / counts.clamp(min=LEAST)
-    means = share.T @ points  # (K, C)
-    variances = torch.stack([share_k @ (points - mean).square() for share_k, mean in zip(share.T, means, strict=True)])
-    pooled = gather(Moments(means, variances, counts.unsqueeze(1)), group)
-    counts = torch.as_tensor(pooled.count).squeeze(1)
-    return Mixture(counts / counts.sum().clamp(min=LEAST), pooled.mean, pooled.var)
+    means = share @ points.values.T  # (K, C)
+    # The points are standardized, so what cancels is rounding far below the least variance that the next E step takes.
+    variances = (share @ points.squares.T - means.square()).clamp(min=0)
+    return Mixture.of(gather(Moments(means, variances, counts), group))
 
 
 def seed(points: Tensor, weights: Tensor, components: int, group: Group) -> Tensor:
-    """Responsibilities (M, K) of k-means++ seeds: each drawn with probability proportional to the squared distance from those before."""
-    seeds = points.new_zeros(components, points.shape[1])
-    if len(points):
-        chosen = [points.index_select(0, torch.multinomial(weights + LEAST, 1))[0]]
-        distance = (points - chosen[0]).square().sum(1)
+    """Responsibilities (K, M) of k-means++ seeds among ``points`` (C, M).
+
+    Each is drawn with probability proportional to the squared distance from those before.
+    """
+    seeds = points.new_zeros(components, points.shape[0])
+    if points.shape[1]:
+        chosen = [points.index_select(1, torch.multinomial(weights + LEAST, 1))]  # (C, 1)
+        distance = (points - chosen[0]).square().sum(0)
         for _ in range(components - 1):
-            chosen.append(points.index_select(0, torch.multinomial(weights * distance + LEAST, 1))[0])
-            distance = torch.minimum(distance, (points - chosen[-1]).square().sum(1))
-        seeds = torch.stack(chosen)
-    seeds = agree(seeds, len(points) > 0, group)
-    distances = torch.stack([(points - s).square().sum(1) for s in seeds], 1)
-    return nn.functional.one_hot(distances.argmin(1), components).to(points.dtype)
+            chosen.append(points.index_select(1, torch.multinomial(weights * distance + LEAST, 1)))
+            distance = torch.minimum(distance, (points - chosen[-1]).square().sum(0))
+        seeds = torch.cat(chosen, 1).T
+    seeds = agree(seeds, points.shape[1] > 0, group)
+    distances = torch.stack([(points - s.unsqueeze(1)).square().sum(0) for s in seeds])
+    return nn.functional.one_hot(distances.argmin(0), components).T.to(points.dtype)
 
 
 class MixtureNorm(RunningState, ChannelNorm):
@@ -91,7 +121,7 @@ class MixtureNorm(RunningState, ChannelNorm):
         Evaluation takes share_k, mu_k and var_k from running estimates, and the posteriors from them.
 
     Use it when: activations have several modes that batch norm's single mean and variance blur, and training time is no concern.
-    Not when: inference must fold into a neighbouring layer, or the fit's cost (``em_steps`` times K passes over the data) matters.
+    Not when: inference must fold into a neighbouring layer, or the cost of the fit matters: a step of it looks at no more than 4096 points.
     Known trouble: with certain posteriors the output has variance K, not 1, since each component has variance 1 / share_k;
         ``fisher_scale=False`` leaves the root out. With more than some 50 channels posteriors are nearly always certain. The gradient
         takes posteriors as constants. The first batch, and a batch after a component was lost, draws random seeds.
@@ -146,7 +176,7 @@ class MixtureNorm(RunningState, ChannelNorm):
         synchronizes="shares, mean and variance per component and channel, once per step of the fit",
         batch_of_one="fits over the positions of the one sample; refused when there is one position",
         one_position="fits over the samples",
-        reads_writes="(K em_steps + 2K)R+1W",
+        reads_writes="5R+1W",
     )
 
     kept_wide = ("running_share", "running_mean", "running_var")
@@ -202,25 +232,20 @@ class MixtureNorm(RunningState, ChannelNorm):
         running, group = Mixture(*before), self.process_group if self.learning else None
         p = self._given(x, responsibilities) if responsibilities is not None else self._fitted(data, mask, running, initialized, group)
         p = p.to(data.dtype) if mask is None else torch.where(mask, p.to(data.dtype), 0.0)  # (N, K, *S)
-        mixture = running
-        if self.learning:
-            counts, mixture = weighted(data, p, group)
-            if not recomputing():
-                self._learn(counts.detach(), Mixture(*(part.detach() for part in mixture)), running, initialized)
-        y = self._normalized(data, p, mixture)
-        return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
 
-    def _normalized(self, data: Tensor, p: Tensor, mixture: Mixture) -> Tensor:
-        spatial = [1] * (data.ndim - 2)
-        scales = (mixture.var + self.eps).rsqrt()  # (K, C)
-        factors = mixture.share.clamp(min=LEAST).rsqrt() if self.fisher_scale else torch.ones_like(mixture.share)
-        y = torch.zeros_like(data)
-        for k in range(self.num_components):
-            center, scale = (part[k].reshape(-1, *spatial) for part in (mixture.mean, scales * factors.unsqueeze(1)))
-            y = y + p[:, k : k + 1] * affine(data, center, scale, scale.new_zeros(()))
-        if self.weight is not None and self.bias is not None:
-            y = y * self.weight.to(y.dtype).reshape(-1, *spatial) + self.bias.to(y.dtype).reshape(-1, *spatial)
-        return y
+        def rule(m: Moments | None, weight: Tensor | None, bias: Tensor | None) -> tuple[tuple[Tensor, Tensor, Tensor], Moments | None]:
+            pooled = None if m is None else gather(m, group)
+            mixture = running if pooled is None else Mixture.of(pooled)
+            scale = (mixture.var + self.eps).rsqrt()  # (K, C)
+            if self.fisher_scale:
+                scale = scale * mixture.share.clamp(min=LEAST).rsqrt().unsqueeze(1)
+            shift = scale.new_zeros(1, 1) if bias is None else bias.to(scale.dtype).unsqueeze(0)
+            return (mixture.mean, scale if weight is None else scale * weight, shift), pooled
+
+        y, seen = mixed_norm(data, p, rule, self.weight, self.bias, measured=self.learning)
+        if seen is not None and not recomputing():
+            self._learn(torch.as_tensor(seen.count).squeeze(1), Mixture.of(seen), running, initialized)
+        return (y if mask is None else torch.where(mask, y, 0.0)).to(x.dtype)
 
     def _given(self, x: Tensor, responsibilities: Tensor) -> Tensor:
         expected = (x.shape[0], self.num_components, *x.shape[2:])
@@ -235,34 +260,38 @@ class MixtureNorm(RunningState, ChannelNorm):
     @torch.no_grad()
     def _fitted(self, data: Tensor, mask: Tensor | None, running: Mixture, initialized: Tensor, group: Group) -> Tensor:
         """The posteriors (N, K, *S): those of the running mixture, and in training of one fitted from there."""
+        shape = (data.shape[0], self.num_components, *data.shape[2:])
         frame = measure(data, per="batch", mask=mask).over_batch(group) if self.learning else running.moments()
         held = frame.mean.to(data.dtype)  # subtracted without rounding
         frame = Moments(held.to(frame.mean.dtype), frame.var, frame.count)
-        points = data - held.reshape(-1, *[1] * (data.ndim - 2))
-        points = points.movedim(1, -1).reshape(-1, data.shape[1]).to(small_dtype(data)) / _deviation(frame)  # (M, C)
-        points = torch.where(points.isfinite(), points, 0.0)
-        mixture = running.seen_in(frame)
+        mixture, data = running.seen_in(frame), columns(data)  # (N', C, S')
         if self.learning:
-            weights = points.new_ones(len(points)) if mask is None else mask.movedim(1, -1).reshape(-1).to(points.dtype)
-            every = max(-(-len(points) // FIT_POINTS), 1)
-            sample, weights = points[::every], weights[::every] * every
-            warm = posterior(sample, mixture)
-            fresh = ~initialized | self._collapsed(running)
-            responsible = torch.where(fresh, seed(sample, weights, self.num_components, group), warm)
+            n, _, length = data.shape
+            every = max(-(-n * length // FIT_POINTS), 1)
+            at = torch.arange(0, n * length, every, device=data.device)
+            at = at // max(length, 1), slice(None), at % max(length, 1)
+            sample = Points.of(data[at].T.contiguous(), frame)
+            weights = sample.values.new_full(sample.values.shape[1:], every)
+            if mask is not None:
+                weights = weights * columns(mask).expand(n, 1, length)[at][:, 0]
+            responsible, fresh = posterior(sample, mixture), ~initialized | self._collapsed(running)
+            if blocking(data) or fresh:
+                responsible = torch.where(fresh, seed(sample.values, weights, self.num_components, group), responsible)
             for step in range(self.em_steps):
-                mixture = maximize(sample, responsible * weights.unsqueeze(1), group)
+                mixture = maximize(sample, responsible * weights, group)
                 if step < self.em_steps - 1:
                     responsible = posterior(sample, mixture)
-        p = posterior(points, mixture)
+        parts = data.split(max(BLOCK // max(data[:1].numel(), 1), 1))
+        p = torch.cat([posterior(Points.of(part, frame), mixture).to(data.dtype) for part in parts])  # (N', K, S')
         if self.learning:  # fewer values than components: all in the first
-            first = torch.zeros_like(p[:1])
+            first = torch.zeros_like(p[:1, :, :1])
             first[:, 0] = 1
             few = frame.count < self.num_components
             if isinstance(few, Tensor):
                 p = torch.where(few, first, p)
             elif few:
                 p = first.expand(p.shape)
-        return p.reshape(data.shape[0], *data.shape[2:], self.num_components).movedim(-1, 1)
+        return from_columns(p, shape)
 
     def _collapsed(self, running: Mixture) -> Tensor:
         return running.share.min() < COLLAPSED / self.num_components
@@ -281,23 +310,3 @@ class MixtureNorm(RunningState, ChannelNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_components={self.num_components}, em_steps={self.em_steps}, momentum={self.momentum}"
-
-
-def weighted(data: Tensor, p: Tensor, group: Group) -> tuple[Tensor, Mixture]:
-    """Counts (K,) and weighted moments of ``data`` (N, C, *S) under ``p`` (N, K, *S), centred twice as all moments are."""
-    small, dims = small_dtype(data), (0, *range(2, data.ndim))
-    counts, means, variances = [], [], []
-    for k in range(p.shape[1]):
-        p_k = p[:, k : k + 1]
-        count = p_k.sum(dtype=small)
-        share = p_k / count.clamp(min=LEAST).to(data.dtype)
-        shift = (share.detach() * data.detach()).sum(dims, keepdim=True)
-        centred = data - shift
-        rest = (share * centred).sum(dims, keepdim=True)
-        var = (share * (centred - rest).square()).sum(dims, keepdim=True)
-        counts.append(count)
-        means.append((shift.to(small) + rest.to(small)).flatten())
-        variances.append(var.to(small).flatten())
-    pooled = gather(Moments(torch.stack(means), torch.stack(variances), torch.stack(counts).unsqueeze(1)), group)
-    total = torch.as_tensor(pooled.count).squeeze(1)
-    return total, Mixture(total / total.sum().clamp(min=LEAST), pooled.mean, pooled.var)
