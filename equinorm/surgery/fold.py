@@ -350,7 +350,7 @@ def _apply(model: nn.Module, replacements: dict[nn.Module, nn.Module], example: 
     try:
         if example is not None:
             plan.error = difference(before, floating(call_example(model, example)))
-            coarsest = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=1e-7)
+            coarsest = _coarsest(model)
             if not plan.error <= coarsest**0.5:
                 raise RuntimeError(
                     f"fold: outputs before and after differ by {plan.error:.2g} of the largest, more than rounding explains "
@@ -361,6 +361,14 @@ def _apply(model: nn.Module, replacements: dict[nn.Module, nn.Module], example: 
             parent._modules.clear()
             parent._modules.update(children)
         raise
+
+
+def _coarsest(model: nn.Module) -> float:
+    """The largest rounding error among the types that a model computes in."""
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} | {torch.float32}
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    types |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)}
+    return max(torch.finfo(dtype).eps for dtype in types)
 
 
 def _snapshot(model: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Module | None]]]:

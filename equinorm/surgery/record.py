@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equinorm.surgery.kinds import parametrized
 from equinorm.surgery.layout import MovedChannels
 
 ATTRIBUTE = "replaced_norm"
@@ -71,7 +72,12 @@ def record_of(norm: nn.Module) -> Replaced | None:
 
 
 def _state(norm: nn.Module) -> dict[str, Tensor]:
-    return {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
+    """Parameters and buffers by name; in place of what a parametrization stores, the value that it gives."""
+    made = parametrized(norm)
+    state = {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
+    return {name: getattr(norm, name) for name in made} | {
+        n: t for n, t in state.items() if not (made and n.startswith("parametrizations."))
+    }
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from equinorm.norms.batch import BatchNorm
 from equinorm.norms.sync_batch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from equinorm.surgery.freeze import is_frozen
-from equinorm.surgery.kinds import Norm, Where, chosen, norms, view
+from equinorm.surgery.kinds import Norm, Where, chosen, norms, parametrized, view
 from equinorm.surgery.layout import MovedChannels
 from equinorm.surgery.places import replace
 from equinorm.surgery.plan import Change, Plan, Refusal
@@ -17,6 +17,9 @@ from equinorm.surgery.plan import Change, Plan, Refusal
 if TYPE_CHECKING:
     from equinorm.core.sync import Group
 
+PARAMETRIZED = (
+    "has a parametrization, which the norm in its place would lose; torch.nn.utils.parametrize.remove_parametrizations takes it off"
+)
 TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -60,6 +63,8 @@ def sync(model: nn.Module, process_group: Group = None, *, where: Where = None, 
             else:
                 settings[layer] = wanted
                 plan.changes.append(Change(names, f"{norm}: pools over {who}"))
+        elif parametrized(layer):
+            plan.refusals.append(Refusal(names, str(norm), PARAMETRIZED))
         elif isinstance(twin := convert_sync_batchnorm(_plain(norm), process_group), SyncBatchNorm):
             replacements[norm.module] = _placed(norm, names, twin, plan)
         else:
@@ -97,7 +102,9 @@ def unsync(model: nn.Module, *, where: Where = None, dry_run: bool = False) -> P
     replacements: dict[nn.Module, nn.Module] = {}
     for norm, names in chosen("unsync", norms(model), where).items():
         layer = norm.layer
-        if isinstance(layer, (SyncBatchNorm, nn.SyncBatchNorm)):
+        if isinstance(layer, (SyncBatchNorm, nn.SyncBatchNorm)) and parametrized(layer):
+            plan.refusals.append(Refusal(names, str(norm), PARAMETRIZED))
+        elif isinstance(layer, (SyncBatchNorm, nn.SyncBatchNorm)):
             twin = revert_sync_batchnorm(_plain(norm))
             if isinstance(twin, BatchNorm):
                 replacements[norm.module] = _placed(norm, names, twin, plan)

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import equinorm
 from equinorm.surgery import fold
@@ -203,6 +203,28 @@ def test_written_back_in_the_dtype_of_the_weight(dtype):
     exact = 1e-15 if dtype is torch.float64 else 0.0  # a half type is rounded once, from float64
     assert ((model[0].weight - expected.to(dtype)).abs() <= exact * expected.abs()).all()
     assert plan.error < 8 * torch.finfo(dtype).eps
+
+
+def test_under_autocast():
+    model = stir(networks.resnet())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = fold(model, IMAGE)
+    assert plan.applied
+    assert model[0][0].weight.dtype == torch.float32
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, networks.BatchNormAct2d, equinorm.BatchNorm])
+def test_a_parametrized_norm(norm):
+    model = stir(nn.Sequential(nn.Conv2d(3, 6, 3), norm(6), nn.Tanh()))
+    parametrize.register_parametrization(model[1], "weight", Doubled())
+    before = outputs(model, IMAGE)
+    assert fold(model, IMAGE).error < BOUND
+    assert worst(before, outputs(model, IMAGE)) < BOUND
 
 
 class Tapped(nn.Module):

@@ -94,6 +94,15 @@ def test_bad_input():
     assert type(model[0]) is Odd
 
 
+def test_a_parametrized_norm_is_refused():
+    for norm in (nn.BatchNorm2d(3), nn.SyncBatchNorm(3)):
+        model = nn.Sequential(norm)
+        nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+        plan = (unsync if isinstance(norm, nn.SyncBatchNorm) else sync)(model)
+        assert "has a parametrization, which the norm in its place would lose" in plan.refusals[0].reason
+        assert model[0] is norm
+
+
 def trained(rank: int) -> list[Tensor]:
     torch.manual_seed(0)
     model = stir(networks.resnet())
