@@ -1,7 +1,7 @@
 """Statistics of one tensor in two reads: all of it for extremes, NaN and infinity, and a strided sample for everything else.
 
 Tensors of up to :data:`SAMPLE` values are their own sample, so their statistics are exact. Of larger ones every few positions are taken in
-each dimension but that of the channels; 65,536 values put the standard error of an rms at 0.3 %. NaN and infinity cannot be missed,
+each dimension but that of the channels; 32,768 values put the standard error of an rms at 0.4 %. NaN and infinity cannot be missed,
 because the extremes come from a pass over everything, and a channel is called dead or constant only after all of its values were looked at.
 """
 
@@ -12,10 +12,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from equinorm.probe.record import BINS, Channels, Stats
 
-SAMPLE = 2**16
+SAMPLE = 2**15
 TINY = 2.0**-14  # float16's smallest normal number
 NAMED = 64  # dead channels that are listed one by one
 CONFIRM = 16  # channels that are looked at in full at once, to bound the copy
@@ -80,10 +81,10 @@ def measure(x: Tensor, axis: int | None = None) -> tuple[Stats, Channels | None]
     if s.dtype == torch.float32 and top and not 1e-15 < top < 1e15:
         s = s.double()  # squares would leave float32's range
     mean = s.mean(1)  # (C,)
-    variance = (s - mean[:, None]).square_().mean(1)  # (C,)
-    zeros = s.numel() - s.count_nonzero()
+    variance = torch.linalg.vector_norm(s - mean[:, None], dim=1).double().square() / s.shape[1]  # (C,)
+    mean = mean.double()
+    zeros = (s == 0).sum()
     tiny = (s.abs() < TINY).sum() - zeros
-    mean, variance = mean.double(), variance.double()
     whole = mean.mean()
     spread = variance.mean() + (mean - whole).square().mean()
     numbers = torch.stack([whole, spread, zeros.double(), tiny.double(), mean.square().mean(), variance.mean()]).tolist()
@@ -121,7 +122,7 @@ def measure(x: Tensor, axis: int | None = None) -> tuple[Stats, Channels | None]
 def binned(values: Tensor) -> list[float]:
     """At most 64 numbers: the values (n,), or root mean squares of 64 runs of neighbours."""
     if len(values) > BINS:
-        values = torch.stack([part.square().mean().sqrt() for part in values.tensor_split(BINS)])
+        values = F.adaptive_avg_pool1d(values.square()[None], BINS)[0].sqrt()
     return values.tolist()
 
 

@@ -63,7 +63,8 @@ def fill(
     """Complete a record after the backward pass. Returns the reason why no step could be tried, "" if there is none."""
     problem = ""
     if real(parameter) and parameter.numel():
-        record.rms = measure(parameter)[0].rms
+        stats = measure(parameter)[0]
+        record.rms = stats.rms if stats.finite else float("nan")
     if backward and parameter.requires_grad:
         record.used = gradient is not None
     if gradient is not None:

@@ -211,7 +211,7 @@ class Parameter:
         aliases: further names of the same tensor.
         requires_grad: whether it is trained.
         used: whether the loss's gradient reached it; None when no backward pass was made.
-        rms: root mean square of its values.
+        rms: root mean square of its values; NaN when one of them is not finite.
         gradient: statistics of its gradient.
         weight_decay: of its group in the optimizer; None without an optimizer, or when the optimizer does not hold it.
         lr: likewise.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.metadata import version as equinorm_version
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from equinorm.probe.state import Preserved
 from equinorm.probe.tensors import mapped, named_tensors, real, tensors_in
 from equinorm.probe.watch import Watch
 
-REENTRANT = "Checkpointing is not compatible"  # torch's words when reentrant checkpointing meets autograd.grad
+REENTRANT = "compatible with .grad()"  # torch's words when reentrant checkpointing meets autograd.grad
 
 
 def probe(
@@ -226,18 +227,18 @@ class _Run:
             found = torch.autograd.grad(loss, wanted, allow_unused=True)
             return {id(p): g for p, g in zip(trained, found, strict=False) if g is not None}
         # Reentrant checkpointing works through .grad only; what was there is put back at the end, and hooks that would step are held.
-        held = [(p, getattr(p, "_post_accumulate_grad_hooks", None)) for p in trained]
-        for parameter, _ in held:
+        held = [hooks for p in trained if (hooks := getattr(p, "_post_accumulate_grad_hooks", None))]
+        asleep = [dict(hooks) for hooks in held]
+        for parameter in trained:
             parameter.grad = None
-            if parameter._post_accumulate_grad_hooks is not None:  # type: ignore[attr-defined]
-                parameter._post_accumulate_grad_hooks = None  # type: ignore[attr-defined]
         try:
+            for hooks in held:
+                hooks.clear()
             loss.backward()
             return {id(p): p.grad for p in trained if p.grad is not None}
         finally:
-            for parameter, hooks in held:
-                if hooks is not None:
-                    parameter._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
+            for hooks, content in zip(held, asleep, strict=True):
+                hooks.update(content)
 
     def _look_again(self, prints: dict[tuple[str, int], Tensor], output: list[Tensor]) -> None:
         """Further forward passes, without gradients: training against evaluation, and the function that made the first NaN."""
@@ -303,6 +304,11 @@ def _dtype(module: nn.Module) -> str:
     return str(parameter.dtype).removeprefix("torch.") if parameter is not None else ""
 
 
+@cache
+def _version() -> str:
+    return version("equinorm")
+
+
 def _environment(source: Source) -> dict[str, Any]:
     model, devices = source.model, sorted({str(p.device) for p in source.model.parameters()})
     kinds_of = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
@@ -312,7 +318,7 @@ def _environment(source: Source) -> dict[str, Any]:
     ]  # fmt: skip
 
     return {
-        "equinorm": equinorm_version("equinorm"),
+        "equinorm": _version(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "devices": devices,

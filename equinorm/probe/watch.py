@@ -124,11 +124,15 @@ class Watch(TorchFunctionMode):
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._exit, with_kwargs=True))
 
-    def close(self) -> None:
-        """Take all hooks off and forget all tensors."""
+    def detach(self) -> None:
+        """Take the hooks off the modules; those on tensors stay until their gradients have come."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def close(self) -> None:
+        """Take all hooks off and forget all tensors."""
+        self.detach()
         self._known.clear()
         self._pending.clear()
         self.extra.clear()

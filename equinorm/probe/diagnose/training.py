@@ -24,10 +24,11 @@ def failed(view: View) -> Iterator[Finding]:
         and "int" not in failure.expected
     ):
         hint = f" Input and weights have different types; convert one, as in batch.to(torch.{failure.expected.split()[-1]})."
+    said = str(failure)
+    said = f"{said[0].upper()}{said[1:]}{'' if said.endswith('.') else '.'}"
     yield Finding(
-        kind="failed", severity="severe", layers=(failure.layer,),
-        sentence=f"{str(failure)[0].upper()}{str(failure)[1:]}.{hint}".replace("..", "."), evidence={"phase": failure.phase, "error":
-        failure.error},
+        kind="failed", severity="severe", layers=(failure.layer,), sentence=f"{said}{hint}",
+        evidence={"phase": failure.phase, "error": failure.error},
     )  # fmt: skip
 
 

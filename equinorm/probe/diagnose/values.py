@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from equinorm.probe.diagnose.view import View, names, number, owner, unique
@@ -45,7 +46,7 @@ def not_finite(view: View) -> Iterator[Finding]:
                 evidence={"nan": stats.nan, "inf": stats.inf}, suggestion="inspect",
             )  # fmt: skip
             return
-    broken = [p for p in report.parameters if p.rms != p.rms or p.rms == float("inf")]
+    broken = [p for p in report.parameters if math.isnan(p.rms)]
     if broken:
         yield Finding(
             kind="not_finite", severity="severe", layers=unique([p.module for p in broken]), suggestion="inspect",
