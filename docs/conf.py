@@ -19,7 +19,7 @@ author = "The equinorm developers"
 copyright = f"{date.today().year}, {author}"  # noqa: A001 - Sphinx's name
 version = release = equinorm.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue_pages", "performance_tables"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue_pages", "performance_tables", "probe_tables"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 
