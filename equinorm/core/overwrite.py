@@ -222,7 +222,7 @@ def _reduce(dz: Tensor, u: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
     small = reference.small_dtype(u)
     if (kernels := pick(u, impl)) is not None:
         u = dense(u)
-        return kernels.reduce(like(dz, u), u, torch.zeros(1, 1, dtype=small), "batch")
+        return kernels.reduce(like(dz, u), u, torch.zeros(1, 1, dtype=small, device=u.device), "batch")
     dims = (0, *range(2, u.ndim))
     return dz.sum(dims).to(small).unsqueeze(0), (dz * u).sum(dims).to(small).unsqueeze(0)
 

@@ -194,10 +194,10 @@ def _partial(
     begin: tl.tensor, count: tl.tensor, s: tl.tensor, parts: tl.tensor, chunk: tl.tensor, fold: tl.tensor, Q: tl.constexpr
 ) -> tl.tensor:
     """Q partial results from ``begin`` on: their places, and how many values are behind each (0 beyond the last)."""
-    q = begin + tl.arange(0, Q)
+    q = (begin + tl.arange(0, Q)).to(tl.int64)
     at = q // fold % parts * chunk
     held = tl.minimum(at + chunk, tl.cdiv(s - q % fold, fold)) - at
-    return q.to(tl.int64), tl.where((q < count) & (held > 0), held, 0).to(tl.float64)
+    return q, tl.where((q < count) & (held > 0), held, 0).to(tl.float64)
 
 
 @jit
