@@ -319,8 +319,8 @@ def _built(work: _Work, plan: Plan) -> dict[nn.Module, nn.Module]:
         lost = [layer.baked + ": its present value is stored"] if layer.baked else []
         if module in work.tied:
             lost.append("the tie of its parameters with those of another layer")
-        if module._forward_hooks:
-            lost.append(f"{len(module._forward_hooks)} forward hooks, which stay with the old module")
+        if hooks := len(module._forward_hooks) + len(module._forward_pre_hooks):
+            lost.append(f"{hooks} forward hooks, which stay with the old module")
         if taken:
             what = f"{plain_class(module).__name__} takes in " + ", ".join(f"{work.name(norm.module)} ({norm})" for norm in taken)
         else:

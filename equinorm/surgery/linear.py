@@ -62,7 +62,7 @@ class Linear:
         """
         weight, bias, plain = module.weight, module.bias, plain_class(module)
         baked = ""
-        if type(module) not in PLAIN or module._forward_pre_hooks:
+        if type(module) not in PLAIN or _weight_hooks(module):
             weight, bias = _multiplied_by(module)
             plain = next(base for base in PLAIN if isinstance(module, base))
             baked = _how_made(module, weight)
@@ -145,7 +145,9 @@ def _multiplied_by(module: Any) -> tuple[Tensor, Tensor | None]:
     own = next(module.parameters())
     x = own.new_ones(_input_shape(module))
     with torch.no_grad(), _Capture() as capture:
-        y = module(x)
+        for hook in _weight_hooks(module):  # none but these: a user's hook should not see what is run here
+            hook(module, (x,))
+        y = module.forward(x)
     if len(capture.calls) != 1:
         raise ValueError(f"{name} computes {len(capture.calls)} products, not one")
     func, args, kwargs, result = capture.calls[0]
@@ -162,14 +164,19 @@ def _input_shape(module: Any) -> tuple[int, ...]:
     return (1, module.in_channels, *reach)
 
 
+def _weight_hooks(module: nn.Module) -> list[Any]:
+    """Hooks of torch.nn.utils that make the weight before each forward, as those of its older weight_norm and spectral_norm."""
+    return [hook for hook in module._forward_pre_hooks.values() if type(hook).__module__.startswith("torch.nn.utils.")]
+
+
 def _how_made(module: Any, weight: Tensor) -> str:
     if names := parametrized(module):
         kinds = [type(part).__name__.lstrip("_") for name in names for part in module.parametrizations[name]]
         return f"the parametrization {', '.join(kinds)}"
     if weight is module._parameters.get("weight"):
         return ""
-    if module._forward_pre_hooks:
-        return f"the hook {', '.join(type(hook).__name__ for hook in module._forward_pre_hooks.values())}"
+    if hooks := _weight_hooks(module):
+        return f"the hook {', '.join(type(hook).__name__ for hook in hooks)}"
     return f"the weight of {type(module).__name__}"
 
 

@@ -140,35 +140,36 @@ def _shapes(model: nn.Module, found: dict[Norm, tuple[str, ...]], forward: Forwa
     """The shape of the input of each norm that runs."""
     shapes: dict[nn.Module, torch.Size] = {}
 
-    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        shapes[module] = args[0].shape
+    def look(module: nn.Module, x: Tensor) -> None:
+        shapes[module] = x.shape
 
-    _with_hooks(model, {norm.module: look for norm in found if norm.channels is None}, forward, [batch])
+    unknown = [norm.module for norm in found if norm.channels is None]
+    _watched(model, {module: partial(look, module) for module in unknown}, forward, [batch])
     return shapes
 
 
 def _calibrated(model: nn.Module, replacements: list[Replacement], forward: Forward, batches: list[Any]) -> list[list[Tensor]]:
     """Let the new norms see what the old ones see: first their running state, then the lines of least squares. Returns the outputs."""
 
-    def feel(r: Replacement, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen = moments_along(args[0], r.source.axis)
+    def feel(r: Replacement, x: Tensor) -> None:
+        seen = moments_along(x, r.source.axis)
         r.seen = seen if r.seen is None else r.seen.merge(seen)
         if learns_by_running(r.inner):
-            r.new.train()(args[0].clone())
+            r.new.train()(x.clone())
 
-    def compare(r: Replacement, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        z = r.normalized(args[0])
+    def compare(r: Replacement, x: Tensor) -> None:
+        z = r.normalized(x)
         if not r.fit.count:
-            r.affine_last = is_affine_last(r, args[0], z)
-        r.fit.add(z, r.source.core.forward(args[0].clone()), r.source.axis)
+            r.affine_last = is_affine_last(r, x, z)
+        r.fit.add(z, r.source.core.forward(x.clone()), r.source.axis)
 
-    outputs = _with_hooks(model, {r.source.module: partial(feel, r) for r in replacements}, forward, batches)
+    outputs = _watched(model, {r.source.module: partial(feel, r) for r in replacements}, forward, batches)
     for r in replacements:
         r.new.eval()
         give_moments(r)
         if r.norm is not None:
             give_affine(r, torch.ones(()), torch.zeros(()))
-    _with_hooks(model, {r.source.module: partial(compare, r) for r in replacements}, forward, batches)
+    _watched(model, {r.source.module: partial(compare, r) for r in replacements}, forward, batches)
     return outputs
 
 
@@ -198,8 +199,15 @@ def _tried(model: nn.Module, replacements: list[Replacement], run: Callable[[], 
     return min(by_data, by_estimates)
 
 
-def _with_hooks(model: nn.Module, hooks: dict[nn.Module, Callable[..., None]], forward: Forward, batches: list[Any]) -> list[list[Tensor]]:
-    handles = [module.register_forward_pre_hook(hook, prepend=True) for module, hook in hooks.items()]
+def _watched(
+    model: nn.Module, watchers: dict[nn.Module, Callable[[Tensor], None]], forward: Forward, batches: list[Any]
+) -> list[list[Tensor]]:
+    """Run the batches while each watcher sees the inputs of its module; the outputs."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watchers[module](args[0] if args else next(iter(kwargs.values())))
+
+    handles = [module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True) for module in watchers]
     try:
         return [floating(forward(model, batch)) for batch in batches]
     finally:

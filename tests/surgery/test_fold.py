@@ -183,6 +183,15 @@ def test_hooks_of_torch_that_make_a_weight_are_baked_in(name):
     assert worst(before, outputs(model, x)) < BOUND
 
 
+def test_hooks_of_users_see_no_run_of_ours_and_are_reported():
+    model = stir(nn.Sequential(equinorm.WSConv2d(3, 6, 3), nn.BatchNorm2d(6)))
+    seen = []
+    model[0].register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    plan = fold(model, IMAGE, dry_run=True)
+    assert seen == [(2, 6, 10, 10)]  # the example, once
+    assert "1 forward hooks, which stay with the old module" in plan.changes[0].lost
+
+
 def test_a_norm_on_both_sides_and_norm_after_norm():
     model = stir(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 6, 3, groups=3), nn.BatchNorm2d(6), equinorm.LayerScale(6, 0.2, 1)))
     before = outputs(model, IMAGE)

@@ -102,6 +102,24 @@ def test_back_after_training_carries_what_was_learned():
     torch.testing.assert_close(model[1].bias, group_bias + 0.5 + 1.1 * group_weight * shift)
 
 
+@pytest.mark.parametrize(("to", "groups"), [("group", 4), ("layer", 1), ("rms", 0)])
+def test_the_formula_is_the_law_of_total_variance(to, groups):
+    model = stir(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-2)))
+    mean, var, weight, bias = (t.detach().double() for t in (model[1].running_mean, model[1].running_var, model[1].weight, model[1].bias))
+    swap(model, to, **({"num_groups": groups} if to == "group" else {}))
+    # A population of values with these means and variances, one group of channels after another.
+    center, spread = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+    size = 8 // max(groups, 1)
+    for start in range(0, 8, size):
+        part = slice(start, start + size)
+        center[part] = mean[part].mean() if groups else 0.0
+        spread[part] = torch.stack([v + (m - center[start]) ** 2 for m, v in zip(mean[part], var[part], strict=True)]).mean()
+    norm = model[1].norm if isinstance(model[1], MovedChannels) else model[1]
+    factor = weight / (var + 1e-2).sqrt()
+    torch.testing.assert_close(norm.weight.double(), factor * (spread + 1e-2).sqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.bias.double(), bias + factor * (center - mean), rtol=1e-5, atol=1e-6)
+
+
 def test_the_fit_is_that_of_least_squares():
     model = stir(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))  # estimates far from the data, so that the formula is worse
     batches = [IMAGE[:3], IMAGE[3:]]
@@ -347,6 +365,19 @@ def test_where(where, count):
     model = stir(networks.resnet())
     assert len(swap(model, "group", where=where).changes) == count
     assert sum(isinstance(module, equinorm.GroupNorm) for module in model.modules()) == count
+
+
+def test_a_norm_that_is_called_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=x)
+
+    model = stir(Keyword())
+    assert swap(model, nn.SyncBatchNorm, calibrate=IMAGE).error < 1e-6
 
 
 @pytest.mark.parametrize(("channels", "wanted", "groups"), [(24, 32, 12), (64, 32, 32), (6, 4, 3), (8, 8, 8), (7, 4, 1), (12, 5, 4)])
