@@ -108,6 +108,16 @@ def classes(x: Tensor) -> tuple[Tensor]:
     return (torch.arange(x.shape[0]) % 10,)
 
 
+def condition(x: Tensor) -> tuple[Tensor]:
+    """A vector of 64 numbers for each sample."""
+    return (torch.linspace(-1, 1, 64 * x.shape[0], dtype=x.dtype).view(-1, 64),)
+
+
+def style(x: Tensor) -> tuple[Tensor]:
+    """A second feature map of the same size and layout."""
+    return (x.detach().cos(),)
+
+
 CONTENDERS = (
     Contender("batch", "channel", equinorm.BatchNorm, {"torch": layer(nn.BatchNorm2d)}, torch=True),
     Contender(
@@ -211,7 +221,21 @@ CONTENDERS = (
     Contender("iterative", "channel", lambda c: equinorm.IterNorm(c, 64), {"composed": composed(formulas.iterative)}, divisor=64),
     Contender("local_contrast", "channel", lambda c: equinorm.LocalContrastNorm(), {"composed": composed(formulas.local_contrast)}),
     Contender("generalized_divisive", "channel", equinorm.GeneralizedDivisiveNorm, {"composed": composed(formulas.generalized_divisive)}),
+    Contender("thresholded_linear", "channel", equinorm.TLU, {"composed": composed(formulas.thresholded_linear)}),
+    Contender("film", "channel", lambda c: equinorm.FiLM(c, 64), {"composed": composed(formulas.film)}, channel_rule=True, extra=condition),
+    Contender(
+        "adaptive_instance", "channel", equinorm.AdaptiveInstanceNorm, {"composed": composed(formulas.adaptive_instance)}, extra=style
+    ),
+    Contender(
+        "conditional_batch",
+        "channel",
+        lambda c: equinorm.ConditionalBatchNorm(c, 10),
+        {"composed": composed(formulas.conditional_batch)},
+        channel_rule=True,
+        extra=classes,
+    ),
     Contender("scale", "row", equinorm.ScaleNorm, {"composed": composed(formulas.scale)}),
+    Contender("dynamic_erf", "row", equinorm.DynamicErf, {"composed": composed(formulas.dynamic_erf)}),
     Contender("dynamic_tanh", "row", equinorm.DynamicTanh, {"composed": composed(formulas.dynamic_tanh)}),
 )
 BY_NAME = {contender.name: contender for contender in CONTENDERS}

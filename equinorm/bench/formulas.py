@@ -169,9 +169,8 @@ def mode_group(x: Tensor, p: State, training: bool) -> Tensor:
     return affine(y, p)
 
 
-def conditional_instance(x: Tensor, p: State, training: bool, classes: Tensor | None = None) -> Tensor:
+def conditional_instance(x: Tensor, p: State, training: bool, classes: Tensor) -> Tensor:
     """Conditional instance norm: torch's instance norm, then the map of each sample's class."""
-    assert classes is not None
     y = F.instance_norm(x)
     return y * p["weight"][classes][:, :, None, None] + p["bias"][classes][:, :, None, None]
 
@@ -244,3 +243,33 @@ def scale(x: Tensor, p: State, training: bool) -> Tensor:
 def dynamic_tanh(x: Tensor, p: State, training: bool) -> Tensor:
     """Dynamic tanh."""
     return torch.tanh(p["alpha"] * x) * p["weight"] + p["bias"]
+
+
+def dynamic_erf(x: Tensor, p: State, training: bool) -> Tensor:
+    """Dynamic erf."""
+    return torch.erf(p["alpha"] * x + p["shift"]) * p["weight"] + p["bias"]
+
+
+def thresholded_linear(x: Tensor, p: State, training: bool) -> Tensor:
+    """The thresholded linear unit."""
+    return torch.maximum(x, p["tau"].view(1, -1, 1, 1))
+
+
+def film(x: Tensor, p: State, training: bool, condition: Tensor) -> Tensor:
+    """Feature-wise linear modulation."""
+    delta, beta = F.linear(condition, p["projection.weight"], p["projection.bias"]).chunk(2, 1)
+    return (1 + delta[:, :, None, None]) * x + beta[:, :, None, None]
+
+
+def adaptive_instance(x: Tensor, p: State, training: bool, style: Tensor) -> Tensor:
+    """Adaptive instance norm with the moments of a second feature map."""
+    mean, var = moments(x, POSITIONS)
+    style_mean, style_var = moments(style, POSITIONS)
+    return (x - mean) / (var + 1e-5).sqrt() * (style_var + 1e-5).sqrt() + style_mean
+
+
+def conditional_batch(x: Tensor, p: State, training: bool, classes: Tensor) -> Tensor:
+    """Conditional batch norm: torch's without a map, then the map of each sample's class."""
+    running = (None, None) if training else (p["running_mean"], p["running_var"])
+    y = F.batch_norm(x, *running, training=training)
+    return y * p["weight"][classes][:, :, None, None] + p["bias"][classes][:, :, None, None]
