@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from equinorm.probe.callback import ProbeCallback as ProbeCallback
 from equinorm.probe.findings import KINDS as KINDS
 from equinorm.probe.findings import SEVERITIES as SEVERITIES
 from equinorm.probe.findings import SUGGESTIONS as SUGGESTIONS
 from equinorm.probe.findings import THRESHOLDS as THRESHOLDS
 from equinorm.probe.findings import Finding as Finding
+from equinorm.probe.loggers import JsonLines as JsonLines
+from equinorm.probe.loggers import Logger as Logger
+from equinorm.probe.loggers import TensorBoard as TensorBoard
+from equinorm.probe.loggers import Tracker as Tracker
 from equinorm.probe.record import Call as Call
 from equinorm.probe.record import Channels as Channels
 from equinorm.probe.record import Failure as Failure

@@ -116,10 +116,10 @@ class Watch(TorchFunctionMode):
     # ------------------------------------------------------------------------------------------------------------------------------
     # hooks
 
-    def attach(self) -> None:
-        """Put the hooks on; :meth:`close` takes them off."""
+    def attach(self, but: nn.Module | None = None) -> None:
+        """Put the hooks on all modules ``but`` one; :meth:`close` takes them off."""
         for module in self._names:
-            if isinstance(module, torch.jit.ScriptModule):
+            if module is but or isinstance(module, torch.jit.ScriptModule):
                 continue
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._exit, with_kwargs=True))
