@@ -171,11 +171,12 @@ from equinorm.kernels.pages import reuse_pages as reuse_pages
 
 # Instruments, loaded when first used
 if TYPE_CHECKING:
+    from equinorm import surgery as surgery
     from equinorm.probe.run import probe as probe
 else:
 
     def __getattr__(name: str) -> Any:
-        if name in ("probe",):
+        if name in ("probe", "surgery"):
             return importlib.import_module(f"equinorm.{name}")
         raise AttributeError(f"module 'equinorm' has no attribute {name!r}")
 
