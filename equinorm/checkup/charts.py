@@ -48,6 +48,17 @@ def has_gradient(report: Report) -> bool:
     return any(call.gradient is not None for call in profiled(report))
 
 
+def differ(report: Report, after: Report, what: str) -> bool:
+    """Whether the profile of the "signal" or the "gradient" changed by more than a thousandth anywhere, so that both are worth drawing."""
+
+    def sizes(run: Report) -> list[float]:
+        measured = ((call.forward if what == "signal" else call.gradient) for call in profiled(run))
+        return [_drawable(stats.rms) for stats in measured if stats is not None]
+
+    before, now = sizes(report), sizes(after)
+    return len(before) != len(now) or not np.allclose(before, now, rtol=1e-3, atol=0, equal_nan=True)
+
+
 def _profile(
     report: Report, name: str, marks: Sequence[Mark], after: Report | None, what: str, value: Callable[[Call], float], narrow: bool
 ) -> Markup:

