@@ -257,6 +257,12 @@ THRESHOLDS: dict[str, Threshold] = {
         "the same share: severe",
         "Less than a tenth of the width is left to carry the signal.",
     ),
+    "constant_warning": Threshold(
+        0.0625,
+        "share of channels with one value throughout, of a linear layer or norm: warning (fewer are noted)",
+        "Single ones are often meant, like the row of zeros of a padding token.",
+    ),
+    "constant_severe": Threshold(0.5, "the same share: severe", "Most of the layer carries nothing."),
     "values_per_channel": Threshold(
         16.0,
         "fewest values per channel from which a channel is called dead or constant",

@@ -67,6 +67,9 @@ def measured(
             layers.append((key[0], apart / own if own else 0.0 if apart == 0 else math.inf))
     relative = difference / size if size else (0.0 if difference == 0 else math.inf)
     layer = next((name for name, apart in layers if apart >= max(relative / 2, 1e-4)), "")
+    parent = layer.rpartition(".")[0]
+    if parent and kinds.is_norm(model.get_submodule(parent)):
+        layer = parent  # a norm with its activation inside
     _, eval_size = _distance(theirs[1], ours[1])
     return Gap(difference=relative, layer=layer, layers=tuple(layers), train_rms=size, eval_rms=eval_size), ""
 

@@ -166,6 +166,38 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
+class LlamaBlock(nn.Module):
+    """Touvron et al. 2023, without positions: RMS norms, gated units, every projection a layer of its own."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.heads = nn.RMSNorm(width), nn.RMSNorm(width), heads
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up, self.down = (nn.Linear(a, b, bias=False) for a, b in ((width, 128), (width, 128), (128, width)))
+
+    def forward(self, x):
+        n, t, c = x.shape
+        y = self.norm1(x)
+        q, k, v = (layer(y).view(n, t, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, c))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Llama(nn.Module):
+    def __init__(self, vocabulary=100, width=64, depth=4):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.blocks = nn.Sequential(*[LlamaBlock(width, 4) for _ in range(depth)])
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, ids):
+        return self.head(self.norm(self.blocks(self.tokens(ids))))
+
+
 class Encoder(nn.Module):
     """torch's encoder over tokens, with a classifier on the mean."""
 

@@ -139,6 +139,16 @@ def test_not_a_number_in_the_batch_and_in_a_weight():
     assert (finding.kind, finding.layers, finding.evidence["parameter"]) == ("not_finite", ("2",), "2.weight")
 
 
+def test_a_last_layer_that_starts_at_0_is_no_blockade():
+    model = net.mlp(3)
+    nn.init.zeros_(model[-1].weight)
+    report = equinorm.probe(model, torch.randn(32, 64))
+    finding = next(f for f in report.findings if f.kind == "no_gradient")
+    assert (finding.severity, finding.layers[0]) == ("note", "6")
+    assert "will move at the first step" in finding.sentence
+    assert report.severe == []
+
+
 def test_thresholds_move_the_verdict():
     model, x = net.mlp(8), torch.randn(64, 64)
     assert not any(f.kind == "small_batch" for f in equinorm.probe(net.vgg(), torch.randn(16, 3, 32, 32)).findings)

@@ -481,6 +481,12 @@ def healthy_gpt():
     return net.GPT(), (ids, ids), {"loss_fn": lambda y, ids: F.cross_entropy(y.flatten(0, 1), ids.flatten())}
 
 
+@healthy("Llama")
+def healthy_llama():
+    ids = torch.randint(0, 100, (8, 24))
+    return net.Llama(), (ids, ids), {"loss_fn": lambda y, ids: F.cross_entropy(y.flatten(0, 1), ids.flatten())}
+
+
 @healthy("LSTM tagger")
 def healthy_lstm():
     ids = torch.randint(0, 100, (16, 24))

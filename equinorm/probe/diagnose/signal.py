@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -192,6 +193,57 @@ def _explained_by_sums(view: View, log_factor: float) -> bool:
     return math.log(last.rms / first.rms) >= log_factor / 2
 
 
+def _series(points: list[Call]) -> list[list[Call]]:
+    """Layers that can be compared: those of one name up to its numbers, such as the second convolution of every block.
+
+    Layers of different kinds in one block have sizes of their own (keys and values, say), which would pass for growth. Where no four
+    layers share a name, all of them are one series.
+    """
+    for numbers in (r"(?<![^.])\d+(?![^.])", r"\d+"):
+        groups: dict[str, list[Call]] = {}
+        for call in points:
+            groups.setdefault(re.sub(numbers, "*", call.name), []).append(call)
+        if long := [group for group in groups.values() if len(group) >= 4]:
+            return long
+    return [points] if len(points) >= 4 else []
+
+
+class Trend(NamedTuple):
+    """The growth of one series.
+
+    Attributes:
+        points: the layers of the stretch, the one that starts it first.
+        run: the stretch.
+        start, end: logarithms of the signal at its ends.
+    """
+
+    points: list[Call]
+    run: Run
+    start: float
+    end: float
+
+
+def _strongest(trends: list[Trend]) -> Trend | None:
+    """The series that changes most, from the first layer of all those that change at least half as much in the same direction."""
+    if not trends:
+        return None
+    best = max(trends, key=lambda trend: abs(trend.run.log_factor))
+    alike = [trend for trend in trends if trend.run.log_factor / best.run.log_factor >= 0.5]
+    starts = [trend.points[0] for trend in alike]
+    backward = best.points[0].index > best.points[-1].index
+    first = (max if backward else min)(starts, key=lambda call: call.index)
+    return best._replace(points=best.points if first is best.points[0] else [first, *best.points])
+
+
+def _trend(view: View, points: list[Call], profile: list[float], offset: int) -> Trend | None:
+    """The growth of a profile that begins ``offset`` entries before the points do."""
+    run = longest_growth(profile, math.log(view.t["jump"]))
+    if run is None:
+        return None
+    stretch = points[max(0, run.first - offset + 1) if offset else run.first : run.last - offset + 1]
+    return Trend(stretch, run, profile[run.first], profile[run.last])
+
+
 def forward_growth(view: View) -> Iterator[Finding]:
     """Activations grow exponentially from layer to layer, or what differs between samples and positions shrinks so.
 
@@ -199,56 +251,53 @@ def forward_growth(view: View) -> Iterator[Finding]:
     part that depends on the input goes.
     """
     points = [call for call in _points(view) if call.forward is not None and call.forward.finite and call.forward.rms > 0]
-    if not points:
+    rising, falling = [], []
+    for series in _series(points):
+        start = series[0].input if not series[0].inputs else None
+        fed = int(start is not None and start.finite and start.rms > 0 and start.std > 0)
+        sizes = [math.log(call.forward.rms) for call in series if call.forward is not None]
+        varied = [call for call in series if call.channels is not None and call.channels.variance > 0]
+        spread = [math.log(call.channels.variance) / 2 for call in varied if call.channels is not None]
+        if fed and start is not None:
+            sizes, spread = [math.log(start.rms), *sizes], [math.log(start.std), *spread]
+        if (trend := _trend(view, series, sizes, fed)) and trend.run.log_factor > 0:
+            rising.append(trend)
+        if len(varied) == len(series) and (trend := _trend(view, series, spread, fed)) and trend.run.log_factor < 0:
+            falling.append(trend)
+    up, down = _strongest(rising), _strongest(falling)
+    if up is not None and (severity := view.severity(math.exp(up.run.log_factor), "growth")):
+        if not _explained_by_sums(view, up.run.log_factor):
+            yield _growth("exploding_forward", severity, up, "activations")
         return
-    start = points[0].input if not points[0].inputs else None
-    fed = start is not None and start.finite and start.rms > 0 and start.std > 0
-    sizes = [math.log(call.forward.rms) for call in points if call.forward is not None]
-    spread = [math.log(c.channels.variance) / 2 for c in points if c.channels is not None and c.channels.variance > 0]
-    if fed and start is not None:
-        sizes, spread = [math.log(start.rms), *sizes], [math.log(start.std), *spread]
-    run = longest_growth(sizes, math.log(view.t["jump"]))
-    if run is not None and run.log_factor > 0:
-        severity = view.severity(math.exp(run.log_factor), "growth")
-        if severity is not None and not _explained_by_sums(view, run.log_factor):
-            yield _growth("exploding_forward", severity, points, run, int(fed), "activations", sizes)
-            return
-    if len(spread) != len(sizes):
-        return
-    run = longest_growth(spread, math.log(view.t["jump"]))
-    if run is not None and run.log_factor < 0 and (severity := view.severity(math.exp(-run.log_factor), "growth")) is not None:
-        yield _growth("vanishing_forward", severity, points, run, int(fed), "the differences between samples", spread)
+    if down is not None and (severity := view.severity(math.exp(-down.run.log_factor), "growth")):
+        yield _growth("vanishing_forward", severity, down, "the differences between samples")
 
 
 def backward_growth(view: View) -> Iterator[Finding]:
     """Gradients grow or shrink exponentially from the last layers to the first ones."""
     points = [call for call in _points(view) if call.gradient is not None and call.gradient.finite and call.gradient.rms > 0]
-    points.reverse()
-    profile = _logs([call.gradient for call in points], total=True)
-    run = longest_growth(profile, math.log(view.t["jump"])) if profile is not None else None
-    if run is None:
-        return
-    severity = view.severity(math.exp(abs(run.log_factor)), "growth")
-    if severity is None:
-        return
-    assert profile is not None
-    kind = "exploding_backward" if run.log_factor > 0 else "vanishing_backward"
-    yield _growth(kind, severity, points, run, 0, "gradients", profile)
+    trends = []
+    for series in _series(points[::-1]):
+        profile = _logs([call.gradient for call in series], total=True)
+        if profile is not None and (trend := _trend(view, series, profile, 0)):
+            trends.append(trend)
+    trend = _strongest(trends)
+    if trend is not None and (severity := view.severity(math.exp(abs(trend.run.log_factor)), "growth")):
+        kind = "exploding_backward" if trend.run.log_factor > 0 else "vanishing_backward"
+        yield _growth(kind, severity, trend, "gradients")
 
 
-def _growth(kind: str, severity: Severity, points: list[Call], run: Run, offset: int, what: str, profile: Sequence[float]) -> Finding:
-    """The finding for a stretch of a profile that begins ``offset`` entries before the points do."""
-    stretch = points[max(0, run.first - offset + 1) if offset else run.first : run.last - offset + 1]
-    grows = run.log_factor > 0
-    rate, log_factor = math.exp(run.rate), profile[run.last] - profile[run.first]
+def _growth(kind: str, severity: Severity, trend: Trend, what: str) -> Finding:
+    grows, rate, steps = trend.run.log_factor > 0, math.exp(trend.run.rate), trend.run.last - trend.run.first
+    factor = math.exp(trend.end - trend.start)
     return Finding(
-        kind=kind, severity=severity, layers=unique([call.name for call in stretch]), calls=tuple(call.index for call in stretch),
-        sentence=f"Starting at {names([stretch[0].name])}, {what} {'grow' if grows else 'shrink'} by a factor of "
-        f"{number(math.exp(abs(log_factor)))} "
-        f"over {run.last - run.first} layers, from {number(math.exp(profile[run.first]))} to {number(math.exp(profile[run.last]))}: "
+        kind=kind, severity=severity, layers=unique([call.name for call in trend.points]), calls=tuple(call.index for call in trend.points),
+        sentence=f"Starting at {names([trend.points[0].name])}, {what} {'grow' if grows else 'shrink'} by a factor of "
+        f"{number(max(factor, 1 / factor))} over {steps} layers, from {number(math.exp(trend.start))} to {number(math.exp(trend.end))}: "
         f"{'' if grows else 'to '}{number(rate)} {'times' if grows else 'of their size'} at each.",
-        evidence={"factor": math.exp(log_factor), "rate": rate, "layers": run.last - run.first, "start": stretch[0].name, "end":
-        stretch[-1].name},
+        evidence={
+            "factor": factor, "rate": rate, "layers": steps, "start": trend.points[0].name, "end": trend.points[-1].name,
+        },
     )  # fmt: skip
 
 

@@ -114,9 +114,14 @@ def _blocked(view: View, zero: list[Parameter], trained: list[Parameter]) -> Fin
     alive = [call.name for call in view.leaves if call.name in {p.module for p in trained} - modules]
     position = {call.name: call.position for call in reversed(view.leaves)}
     early = [name for name in alive if order and position[name] < position[order[-1]]]
-    severity: Severity = "severe" if order and not early else "note"
+    opening = behind is not None and any(
+        p.module == behind.name and p.rms == 0 and p.gradient is not None and p.gradient.absmax > 0 for p in trained
+    )  # fmt: skip
+    severity: Severity = "severe" if order and not early and not opening else "note"
     passes = f" Nothing passes back through {names([behind.label])}." if behind is not None else ""
-    intended = " Others before them do learn, so a branch that starts at 0 may be meant." if severity == "note" else ""
+    intended = " Others before them do learn, so a branch that starts at 0 may be meant." if early else ""
+    if opening:
+        intended = " Its weight starts at 0 and will move at the first step, as is usual for last layers."
     layers = unique([*([behind.name.partition(":")[0]] if behind is not None else []), *order, *modules])
     return Finding(
         kind="no_gradient", severity=severity, layers=layers, calls=(behind.index,) if behind is not None else (),

@@ -272,8 +272,9 @@ def constant_channels(view: View) -> Iterator[Finding]:
         sources = view.producers(call)
         if any(s.channels is not None and s.channels.constant >= channels.constant for s in sources):
             continue
+        severity: Severity = view.severity(channels.constant / channels.count, "constant") or "note"
         yield Finding(
-            kind="constant_channels", severity="severe" if 2 * channels.constant > channels.count else "warning", layers=(call.name,),
+            kind="constant_channels", severity=severity, layers=(call.name,),
             calls=(call.index,), sentence=f"{channels.constant} of {channels.count} channels of {names([call.label])} have one value "
                 "for the whole batch "
             f"(channel {', '.join(map(str, channels.constant_channels[:5]))}{' ...' if channels.constant > 5 else ''}): they say "
