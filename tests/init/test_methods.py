@@ -92,6 +92,18 @@ def test_the_profile_is_flat_after_he(activation):
     assert spread(model, torch.randn(64, 256)) < 3
 
 
+def test_the_gradient_is_flat_after_he_over_the_fan_out():
+    model = nn.Sequential(*[m for i in range(20) for m in (nn.Linear(*((512, 128) if i % 2 else (128, 512))), nn.ReLU())])
+    x = torch.randn(64, 128)
+    init.initialize(model, "he", fan="fan_in")
+    assert spread(model, x) < 3
+    init.initialize(model, "he", fan="fan_out")
+    inner = equinorm.probe(model, x, gap=False)
+    wide = [call.gradient.rms for call in inner.calls if call.role == "linear" and call.shape[1] == 512]
+    assert max(wide) / min(wide) < 3
+    assert not inner.severe
+
+
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU()], ids=repr)
 def test_gains_alone_do_not_hold_where_deviations_grow(activation):
     """For these f, E[z f f'] / E[f^2] is above 1: a signal a little too large grows from layer to layer. Measuring helps."""
@@ -120,6 +132,7 @@ def test_orthogonal_weights_keep_lengths_exactly():
     init.initialize(model, "orthogonal", "identity")
     x = torch.randn(16, 128)
     assert spread(model, x) == pytest.approx(1, abs=1e-4)
+    assert spread(model, x, "gradient") == pytest.approx(1, abs=1e-4)
     layer = nn.Conv2d(6, 8, 3, groups=2)
     init.orthogonal_(layer, "relu")
     rows = layer.weight.detach().view(2, 4, 27)
@@ -178,14 +191,12 @@ def test_delta_orthogonal_refuses_fewer_outputs():
 def test_the_profile_is_flat_after_fixup():
     """Residual branches start at 0, and the gradient reaches the first block as it left the last."""
     blocks = [equinorm.FixupBlock(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False), num_branches=50) for _ in range(50)]
-    x = torch.randn(32, 64).relu().requires_grad_()
-    outputs = [x]
-    for block in blocks:
-        outputs.append(block(outputs[-1]))
-    grads = torch.autograd.grad(outputs[-1].square().mean(), outputs)
-    for values in (outputs, grads):
-        sizes = torch.stack([v.detach().square().mean().sqrt() for v in values])
-        assert sizes.max() / sizes.min() == pytest.approx(1, abs=1e-5)
+    report = equinorm.probe(nn.Sequential(*blocks), torch.randn(32, 64).relu(), gap=False)
+    outputs = [call for call in report.calls if call.type == "FixupBlock"]
+    assert len(outputs) == 50
+    for way in ("forward", "gradient"):
+        sizes = [getattr(call, way).rms for call in outputs[:-1]]  # the gradient at the end has not passed the last activation yet
+        assert max(sizes) / min(sizes) == pytest.approx(1, abs=1e-5)
 
 
 def test_initialize_names_what_it_set_and_leaves_the_rest():
