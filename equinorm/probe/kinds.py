@@ -46,6 +46,7 @@ for _name in (name for name in TABLE if name not in ("identity", "linear", "gelu
                 ACTIVATIONS[_function] = _name
 SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
 SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+NORM_FUNCTIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm}
 DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, torch.dropout_,
     torch.feature_dropout,

@@ -208,7 +208,7 @@ class Watch(TorchFunctionMode):
                 dim = 1 if isinstance(module, nn.Softmax2d) else module.dim
                 call.saturation = peaked(first, -1 if dim is None else dim)
         if frame.norm is not None:
-            frame.norm.call = call.index
+            frame.norm.call = frame.norm.call if frame.norm.call >= 0 else call.index
             self.norms.append(frame.norm)
         if isinstance(module, nn.RNNBase) and self.measured:
             self._steps(call, module, output, frame.source() if frame.source is not None else None)
@@ -291,6 +291,8 @@ class Watch(TorchFunctionMode):
             return self._sum(func, args, kwargs)
         elif func is F.scaled_dot_product_attention:
             return self._attention(func, args, kwargs)
+        elif func in kinds.NORM_FUNCTIONS and self.frames and (self.frames[-1].role != "norm" or self.frames[-1].module._modules):
+            return self._normalization(func, args, kwargs)
         result = func(*args, **kwargs)
         self._follow(result, args, kwargs)
         return result
@@ -344,6 +346,24 @@ class Watch(TorchFunctionMode):
             self._finish(
                 call, result, origins, lambda t: axis if axis is not None else (1 if t.ndim >= 4 else t.ndim - 1 if t.ndim > 1 else None)
             )
+        return result
+
+    def _normalization(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A norm written as a function, such as that of a module which joins a norm and its activation."""
+        x = args[0] if args else kwargs.get("input")
+        seen = self._seen(x) if isinstance(x, Tensor) else None
+        if not isinstance(x, Tensor) or not real(x):
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            before = self._stats(x)
+        result = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            origins, frame = seen.origins if seen else 0, self.frames[-1]
+            call = self._function(func.__name__, "norm", origins)
+            call.input = before
+            if frame.norm is not None and frame.norm.call < 0:
+                frame.norm.call = call.index
+            self._finish(call, result, origins, lambda t: None if t.ndim < 2 else t.ndim - 1 if func in (F.layer_norm, F.rms_norm) else 1)
         return result
 
     def _sum(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

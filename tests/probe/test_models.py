@@ -220,6 +220,29 @@ def test_a_library_norm_and_its_running_estimates():
     assert batch.log_variance_drift == pytest.approx(y.var((0, 2, 3)).log().mean().item(), abs=0.3)
 
 
+class NormAct(nn.BatchNorm2d):
+    """A norm that holds its activation, as some libraries write it."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1))
+
+
+def test_a_norm_with_an_activation_inside_is_both():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8))
+    model[1].bias.data.fill_(-9)
+    report = equinorm.probe(model, torch.randn(8, 3, 8, 8))
+    assert [call.name for call in report.leaves()] == ["0", "1:batch_norm", "1.act"]
+    (norm,) = report.norms
+    assert (norm.name, report.calls[norm.call].name) == ("1", "1:batch_norm")
+    kinds = {finding.kind: finding.layers[0] for finding in report.findings}
+    assert kinds["bias_before_norm"] == "0"
+    assert kinds["dead_channels"] == "1.act"
+
+
 def test_drift_is_measured_in_units_of_the_running_deviation():
     norm = nn.BatchNorm1d(3)
     x = torch.randn(4000, 3)
