@@ -100,6 +100,15 @@ def power(largest: tl.tensor) -> tl.tensor:
 
 
 @jit
+def ratio(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr) -> tl.tensor:
+    """Rounded to nearest, as the chip's usual division is not: a constant then has exactly no variance."""
+    if tl.float64 == ACC:
+        return a / b
+    else:
+        return tl.math.div_rn(a, b)
+
+
+@jit
 def across(value: tl.tensor, COLUMNS: tl.constexpr) -> tl.tensor:
     """One value per statistic, to be broadcast over the tile."""
     if COLUMNS:
@@ -170,15 +179,13 @@ def _moments(
     AXIS: tl.constexpr = 0 if COLUMNS else 1
     offset, mask, _, _, count, out, valid = place(tl.program_id(0), rows, c, s, pitch, parts, chunk, fold, blocks, COLUMNS, A, B)
     values = tl.load(x + offset, mask=mask, other=0.0).to(ACC)
-    high = tl.max(tl.where(mask, values, float("-inf")), AXIS)
-    low = tl.min(tl.where(mask, values, float("inf")), AXIS)
-    scale = power(tl.maximum(tl.abs(high), tl.abs(low)))
+    scale = power(tl.max(tl.abs(values), AXIS))
     values *= across(scale, COLUMNS)
     n = tl.maximum(count, 1).to(ACC)
-    mean = tl.where(high == low, high * scale, tl.sum(values, AXIS) / n)  # a constant has exactly no variance
+    mean = tl.sum(values, AXIS) / n
     centred = tl.where(mask, values - across(mean, COLUMNS), 0.0)
     total = tl.sum(centred, AXIS)
-    rest = total / n  # what rounding left of the mean
+    rest = ratio(total, n, ACC)  # what rounding left of the mean
     deviations = tl.sum(centred * centred, AXIS) - total * rest
     deviations = tl.where(deviations < 0, 0.0, deviations)
     wide = scale.to(tl.float64)

@@ -25,7 +25,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from equinorm.kernels.triton_channel import LAUNCH, TILE_BYTES, add, bits, double, dtype, fake, jit, operator, power, run_moments, warps
+from equinorm.kernels.triton_channel import (
+    LAUNCH,
+    TILE_BYTES,
+    add,
+    bits,
+    double,
+    dtype,
+    fake,
+    jit,
+    operator,
+    power,
+    ratio,
+    run_moments,
+    warps,
+)
 
 FORWARD_BYTES = 65536  # the most of a row, in the arithmetic's type, that one program holds: 32 float32 in each of 512 threads
 BACKWARD_BYTES = 32768  # the same of x; as much of dy comes with it, of its weight, and of the sums of two gradients
@@ -122,17 +136,16 @@ def _row_forward(
     offset, mask, inside = _row(r, rows, length, k, s, K, S)
     values = tl.load(x + offset, mask=mask, other=0.0).to(ACC)
     known = mask & (inside < measured)
-    high = tl.max(tl.max(tl.where(known, values, float("-inf")), 2), 1)
-    low = tl.min(tl.min(tl.where(known, values, float("inf")), 2), 1)
-    scale = power(tl.maximum(tl.maximum(tl.abs(high), tl.abs(low)), tl.cast(root, ACC)))
+    largest = tl.max(tl.max(tl.abs(tl.where(known, values, 0.0)), 2), 1)
+    scale = power(tl.maximum(largest, tl.cast(root, ACC)))
     values *= scale[:, None, None]
     n = tl.cast(measured, ACC)
     if CENTERED:
-        mean = tl.where(high == low, high * scale, _total(tl.where(known, values, 0.0)) / n)  # a constant has exactly no variance
+        mean = _total(tl.where(known, values, 0.0)) / n
         values = tl.where(mask, values - mean[:, None, None], 0.0)
         centred = tl.where(known, values, 0.0)
         total = _total(centred)
-        rest = total / n  # what rounding left of the mean
+        rest = ratio(total, n, ACC)  # what rounding left of the mean
         squares = _total(centred * centred) - total * rest
         squares = tl.where(squares < 0, 0.0, squares)
     else:
