@@ -47,8 +47,8 @@ def mixed_norm(x: Tensor, p: Tensor, rule: Rule, *tensors: Tensor | None, measur
     Returns:
         the output, of the shape, type and layout of x; and the rule's moments without gradient.
     """
-    if pick(x) is None or not x.numel() or p.requires_grad:
-        (y, seen) = _plain(x, p, rule, tensors, measured)
+    if pick(x) is None or p.requires_grad:
+        y, seen = _plain(x, p, rule, tensors, measured)
         return y, seen and _without_gradient(seen)
     box: list[Moments | None] = []
     return _Mixed.apply(rule, measured, box, dense(x), p, *tensors), box[0]
@@ -109,6 +109,8 @@ class _Block(NamedTuple):
 def _blocks(x: Tensor, p: Tensor, *others: Tensor) -> Iterator[tuple[_Block, ...]]:
     """Blocks of ``x``, each with the same samples of ``others``, which are shaped like it."""
     data, p, *others = (columns(t) for t in (x, p, *others))
+    if not data.numel():
+        return  # an empty batch takes part in every exchange all the same
     step = max(BLOCK // data[0].numel(), 1)
     for i in range(0, len(data), step):
         part = p[i : i + step]
@@ -148,11 +150,10 @@ def _moments(x: Tensor, p: Tensor) -> Moments:
     k = p.shape[1]
     count = columns(p).sum((0, 2), dtype=torch.float64).unsqueeze(1)  # (K, 1)
     known = count.clamp(min=LEAST)
-    data, weights = columns(x), columns(p)
-    step = max(BLOCK // data[0].numel(), 1)
-    guess = sum(_sums(*pair) for pair in zip(data.split(step), weights.split(step), strict=True)) / known
+    zero = count.new_zeros(k, x.shape[1])
+    guess = sum((_sums(block.data, block.p) for (block,) in _blocks(x, p)), zero) / known
     held = guess.to(x.dtype)  # (K, C)
-    sums, squares, linked, members = 0, 0, 0, 0
+    sums, squares, linked, members = zero, zero, count.new_zeros(k * k, x.shape[1]), count.new_zeros(k * k)
     for (block,) in _blocks(x, p):
         e = block.centred(held)
         linked = linked + _sums(e, block.cross)
@@ -203,7 +204,8 @@ class _Mixed(torch.autograd.Function):
             dy, k = like(dy, x), p.shape[1]
             center, scale, _ = _by_component(parts, k)
             held = center.to(x.dtype)
-            to_shift, along, linked = 0, 0, 0
+            to_shift = along = torch.zeros_like(center)
+            linked = center.new_zeros(k * k, center.shape[1])
             for block, incoming in _blocks(x, p, dy):
                 to_shift, linked = to_shift + _sums(incoming, block.p), linked + _sums(incoming, block.cross)
                 along = along + _sums(block.centred(held).mul_(incoming), block.p)

@@ -1,101 +1,25 @@
-"""The covariance geometry: mean and covariance per group of channels -> a rule on (G, d, d) -> one matrix per group, applied to x.
-
-The same three beats as in the channel geometry, with matrices in place of numbers. Everything is plain differentiable PyTorch around a few
-matrix products, so derivatives of every order are right wherever those of the rule are. Large tensors are (G, d, M): G groups of d
-contiguous channels, and all M samples and positions. Small ones are float64 where the device has it.
-"""
+"""Norms that apply one matrix to each group of channels, and what they share: estimates, checks, and the choice of the groups."""
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from equinorm.core.base import ChannelNorm, check_batch, check_channels, check_count, check_momentum
 from equinorm.core.channel import canonical_mask
+from equinorm.core.covariance import Covariance, matrix_norm
 from equinorm.core.precision import without_autocast
 from equinorm.core.running import RunningState, recomputing
 from equinorm.core.sync import gather_covariance, refusing_together
-from equinorm.kernels import reference
+from equinorm.kernels import Impl, reference
 
 if TYPE_CHECKING:
     from equinorm.core.sync import Group
-
-BLOCK = 1024  # positions whose products are summed in the type of the data; the sums of blocks are added in that of small tensors
-
-
-class Covariance(NamedTuple):
-    """Mean and biased covariance of the channels of each group, with the number of values behind them.
-
-    Attributes:
-        mean: (G, d) small tensor.
-        cov: (G, d, d) small tensor, symmetric.
-        count: samples and positions; a number, or a tensor where a mask or other processes decide.
-    """
-
-    mean: Tensor
-    cov: Tensor
-    count: int | Tensor
-
-
-class Grouped(NamedTuple):
-    """The input by groups of channels, minus an origin near its mean that carries no gradient.
-
-    Subtracting first keeps products small: what the origin misses of the mean is subtracted from the products, where it no longer matters.
-
-    Attributes:
-        data: (G, d, M) in the type of large tensors; 0 where nothing counts.
-        origin: (G, d) in that type.
-        kept: (M,) boolean, True where data counts; None where all does.
-    """
-
-    data: Tensor
-    origin: Tensor
-    kept: Tensor | None
-
-    @classmethod
-    def of(cls, x: Tensor, d: int, mask: Tensor | None, origin: Tensor | None = None) -> Grouped:
-        """Arrange x (N, C, *S) in groups of ``d`` channels; the origin is the mean, or the one given, as far as its type can hold it."""
-        data = reference.wide(x).movedim(1, 0).flatten(1).unflatten(0, (-1, d))
-        kept = None if mask is None else mask.flatten()
-        if kept is not None:
-            data = torch.where(kept, data, 0)
-        if origin is None:
-            count = max(data.shape[2], 1) if kept is None else kept.sum().clamp(min=1)
-            origin = data.detach().sum(2) / count
-        data = data - origin.to(data.dtype).unsqueeze(2)
-        return cls(data if kept is None else torch.where(kept, data, 0), origin.to(data.dtype), kept)
-
-    def measure(self) -> Covariance:
-        """Mean and covariance of x."""
-        small = reference.small_dtype(self.data)
-        count = self.data.shape[2] if self.kept is None else self.kept.sum()
-        size = max(count, 1) if isinstance(count, int) else count.clamp(min=1)
-        rest = self.data.sum(2).to(small) / size  # (G, d)
-        cov = _Products.apply(self.data, small) / size - rest.unsqueeze(2) * rest.unsqueeze(1)
-        return Covariance(self.origin.to(small) + rest, (cov + cov.mT) / 2, count)
-
-    def project(self, center: Tensor, matrix: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """``matrix @ (x - center) * weight + bias``: (G, d, M), with center (G, d), matrix (G, d, d), weight and bias (C,)."""
-        if weight is not None:
-            matrix = matrix * weight.to(matrix.dtype).reshape_as(center).unsqueeze(2)
-        shift = matrix @ (self.origin.to(center.dtype) - center).unsqueeze(2)  # (G, d, 1)
-        if bias is not None:
-            shift = shift + bias.to(matrix.dtype).reshape_as(center).unsqueeze(2)
-        y = torch.baddbmm(shift.to(self.data.dtype), matrix.to(self.data.dtype), self.data)
-        return y if self.kept is None else torch.where(self.kept, y, 0)
-
-
-def ungrouped(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` (G, d, M) in the shape, dtype and memory layout of ``x`` (N, C, *S)."""
-    y = y.to(x.dtype).reshape(x.shape[1], x.shape[0], *x.shape[2:])  # (C, N, *S)
-    if x.ndim > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        return y.movedim(0, -1).contiguous().movedim(-1, 1)
-    return y.movedim(0, 1).contiguous()
 
 
 def divisor(channels: int, at_most: int) -> int:
@@ -171,7 +95,7 @@ class WhiteningNorm(RunningState, ChannelNorm):
             noise: relative rounding error of its entries.
         """
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
         with refusing_together(self.process_group if self.learning else None, x.device):
             check_channels(self, x, self.num_features)
             mask = None if mask is None else canonical_mask(x, mask)
@@ -179,14 +103,24 @@ class WhiteningNorm(RunningState, ChannelNorm):
                 check_batch(self, x)
                 self._check_rank(x.shape[0] * prod(x.shape[2:]))
         with without_autocast(x):
-            if not self.learning:
-                center, matrix = self.estimate()
-                return ungrouped(Grouped.of(x, self.channels_per_group, mask, center).project(center, matrix, self.weight, self.bias), x)
-            grouped = Grouped.of(x, self.channels_per_group, mask)
-            pooled = Covariance(*gather_covariance(*grouped.measure(), self.process_group))
-            matrix = self.projection(pooled.cov, torch.finfo(grouped.data.dtype).eps)
-            y = ungrouped(grouped.project(pooled.mean, matrix, self.weight, self.bias), x)
-            self.learn(pooled, matrix)
+            estimate = None if self.learning else self.estimate()
+
+            def rule(
+                seen: Covariance | None, weight: Tensor | None, bias: Tensor | None
+            ) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[Covariance, Tensor] | None]:
+                if seen is None:
+                    assert estimate is not None
+                    pooled, (center, matrix) = None, estimate
+                else:
+                    pooled = Covariance(*gather_covariance(*seen, self.process_group))
+                    center, matrix = pooled.mean, self.projection(pooled.cov, torch.finfo(reference.wide(x[:0]).dtype).eps)
+                scaled = matrix if weight is None else matrix * weight.to(matrix.dtype).reshape_as(center).unsqueeze(2)
+                return (center, scaled, bias), None if pooled is None else (pooled, matrix)
+
+            at = None if estimate is None else estimate[0]
+            y, seen = matrix_norm(x, self.channels_per_group, rule, self.weight, self.bias, center=at, mask=mask, impl=impl)
+            if seen is not None:
+                self.learn(*seen)
             return y
 
     def estimate(self) -> tuple[Tensor, Tensor]:
@@ -230,27 +164,3 @@ class WhiteningNorm(RunningState, ChannelNorm):
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-
-class _Products(torch.autograd.Function):
-    """``data @ data.mT`` (G, d, d) in the small type, summed in blocks: over millions of positions as exact as over a thousand."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(data: Tensor, small: torch.dtype) -> Tensor:
-        whole = torch.compiler.is_compiling() or not data.shape[2]  # a trace of thousands of blocks would take minutes to compile
-        blocks = (data,) if whole else data.split(BLOCK, 2)
-        total = (blocks[0] @ blocks[0].mT).to(small)
-        for block in blocks[1:]:
-            total = total + block @ block.mT
-        return total
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (data,) = ctx.saved_tensors
-        return (grad + grad.mT).to(data.dtype) @ data, None
