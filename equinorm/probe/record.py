@@ -363,7 +363,7 @@ class Report:
     prescriptions: Prescriptions | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but ``source`` and ``prescriptions`` as lists, dictionaries, strings, numbers and None; see the head of this module."""
+        """Return all but ``source`` and ``prescriptions`` as lists, dictionaries, strings, numbers and None; see the head of this module."""
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("source", "prescriptions")}
 
     def to_json(self, indent: int | None = None) -> str:
@@ -411,7 +411,7 @@ class Report:
             >>> deep = nn.Sequential(*[layer for _ in range(30) for layer in (nn.Linear(64, 64), nn.ReLU())])
             >>> report = equinorm.probe(deep, torch.randn(32, 64))
             >>> [finding.kind for finding in report.severe]
-            ['vanishing_backward']
+            ['vanishing_forward', 'vanishing_backward']
             >>> report.prescribe()[0].helps
             True
             >>> report.apply(1).severe
