@@ -167,8 +167,8 @@ def _tried(report: Report, before: Numbers, remedy: Remedy, seed: int) -> Prescr
         return prescription
     after.source = None  # the copy is not needed any more
     prescription.after = after
-    prescription.resolved = _missing(report.findings, after.findings)
-    prescription.added = _missing(after.findings, report.findings)
+    prescription.resolved = missing(report.findings, after.findings)
+    prescription.added = missing(after.findings, report.findings)
     prescription.score = sum(WEIGHTS[f.severity] for f in report.findings) - sum(WEIGHTS[f.severity] for f in after.findings)
     numbers = Numbers.of(after)
     prescription.flatter = sum(
@@ -185,7 +185,7 @@ def _perform(remedy: Remedy, case: Case, seed: int) -> None:
         remedy.perform(case)
 
 
-def _missing(some: Sequence[Finding], others: Sequence[Finding]) -> list[Finding]:
+def missing(some: Sequence[Finding], others: Sequence[Finding]) -> list[Finding]:
     """Those of ``some`` that have no match among ``others``: of the same kind and severity, if possible with the same culprit."""
     left = list(others)
     unmatched = []

@@ -10,6 +10,8 @@ from torch import nn
 
 import equinorm
 from equinorm.checkup.numbers import Numbers
+from equinorm.checkup.prescribe import missing
+from equinorm.probe import Finding
 from tests.probe import networks as net
 from tests.probe.zoo import BROKEN
 
@@ -204,10 +206,22 @@ def test_apply_draws_the_same_weights_and_leaves_the_generator():
     report = find("exploding_forward", "MLP").report()
     prescriptions = report.prescribe()
     p = next(p for p in prescriptions if p.title == "initialise by gain")
+    torch.rand(7)  # whatever is drawn between
     state = torch.get_rng_state()
     after = report.apply(p.number)
     assert torch.equal(torch.get_rng_state(), state)
     assert Numbers.of(after).forward.ratio == pytest.approx(Numbers.of(p.after).forward.ratio, rel=1e-6)
+
+
+def test_findings_are_matched_one_to_one():
+    def found(*pairs):
+        return [Finding(kind=kind, severity="warning", layers=(layer,), sentence="") for kind, layer in pairs]
+
+    before = found(("dead_channels", "a"), ("dead_channels", "b"), ("momentum", "n"))
+    assert missing(before, found(("dead_channels", "b"))) == [before[0], before[2]]
+    assert missing(before, found(("dead_channels", "c"))) == [before[1], before[2]]  # another layer has it now: one of two is gone
+    assert missing(before, before) == []
+    assert missing(found(("momentum", "n")), []) == before[2:]
 
 
 def test_numbers_for_programs():

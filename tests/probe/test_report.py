@@ -298,6 +298,14 @@ def test_numbers_of_a_report(broken):
     assert numbers.forward.ratio == pytest.approx(numbers.forward.high / numbers.forward.low)
 
 
+def test_a_dead_channel_is_counted_once_behind_its_activation():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        model[0].weight[:5] = 0
+        model[0].bias[:5] = 0
+    assert Numbers.of(equinorm.probe(model, torch.randn(32, 8))).dead == 5
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
