@@ -363,7 +363,7 @@ class Report:
     prescriptions: Prescriptions | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all but ``source`` and ``prescriptions`` as lists, dictionaries, strings, numbers and None; see the head of this module."""
+        """All but ``source`` and ``prescriptions`` as lists, dictionaries, strings, numbers and None; see the head of this module."""
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("source", "prescriptions")}
 
     def to_json(self, indent: int | None = None) -> str:
