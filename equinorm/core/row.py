@@ -85,13 +85,16 @@ def group_norm(
         return normalize(moments.over_groups(groups), weight, bias, eps)
 
     kernels = pick(x, impl) if mask is None else None
-    fused = kernels and kernels.fused(then)
-    s = x.shape[2:].numel()
-    if kernels is None or not dense(x).is_contiguous() or (then and (not fused or s == 1)):
+    if kernels is None:
         return channel_norm(x, rule, weight, bias, mask=mask, impl=impl, then=then)[0]
-    x = x.contiguous()
+    x, fused, s = dense(x), kernels.fused(then), x.shape[2:].numel()
+    channels_last = not x.is_contiguous()
+    if (channels_last and not kernels.INTERLEAVED) or (then and (not fused or s == 1)):
+        return channel_norm(x, rule, weight, bias, impl=impl, then=then)[0]
     k = x.shape[1] // groups
     shape = {"rows": x.shape[0] * groups, "groups": groups, "k": k, "s": s, "measured": k * s, "centered": True}
+    if channels_last:
+        shape["channels_last"] = True
     if fused:
         shape["then"] = fused
     return _rows(kernels, shape, eps, lambda *t: channel_norm(t[0], rule, *t[1:], impl="plain", then=then)[0], x, weight, bias)

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,7 +200,10 @@ def _compile(command: list[str], library: Path) -> float:
     handle, unfinished = tempfile.mkstemp(suffix=".so", prefix=f"{library.stem}-", dir=library.parent)
     os.close(handle)
     try:
-        _run([*command, *sources, *_flags(), "-o", unfinished])  # the libraries come after the sources that use them
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder, ThreadPoolExecutor() as pool:
+            objects = [os.path.join(folder, f"{Path(source).stem}.o") for source in sources]
+            list(pool.map(lambda source, made: _run([*command, "-c", source, *_flags(), "-o", made]), sources, objects))
+            _run([*command, *objects, *_flags(), "-o", unfinished])  # the libraries come after the objects that use them
         os.chmod(unfinished, 0o700)
         os.replace(unfinished, library)  # whole or not at all
     finally:

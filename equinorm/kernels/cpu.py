@@ -28,6 +28,7 @@ _FUSED = {
     "silu": (5, ""),
     "hardswish": (6, ""),
 }
+INTERLEAVED = True  # row_forward and row_backward take channels_last inputs
 Per = Literal["sample", "batch"]
 Fused = tuple[int, float]  # an activation's number and parameter
 NOTHING: Fused = (0, 0.0)
@@ -140,11 +141,13 @@ def row_forward(
     eps: float,
     centered: bool,
     then: Fused = NOTHING,
+    channels_last: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(x - mean) * rstd * weight + bias`` for each of ``rows`` rows of ``k * s`` elements of the contiguous x.
+    """``(x - mean) * rstd * weight + bias`` for each of ``rows`` rows of ``k * s`` elements of the contiguous or channels_last x.
 
     Element i of row r has the parameter ``(r % groups) * k + i // s``. The first ``measured`` elements of a row enter its statistic; with
     ``centered=False`` the mean is taken as 0. An activation ``then`` may follow parameters of whole channels (s > 1), not of columns.
+    In a channels_last x the rows are groups of channels of a sample, measured throughout.
 
     Returns:
         the output; mean and rstd, each (rows,).
@@ -152,7 +155,9 @@ def row_forward(
     y = torch.empty_like(x)
     mean, rstd = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.float64)
     weight, bias = _parameter(weight), _parameter(bias)
-    torch.ops.equinorm.row_forward.default(x, weight, bias, y, mean, rstd, rows, groups, k, s, measured, eps, centered, *then)
+    torch.ops.equinorm.row_forward.default(
+        x, weight, bias, y, mean, rstd, rows, groups, k, s, measured, eps, centered, *then, channels_last
+    )
     return y, mean, rstd
 
 
@@ -172,6 +177,7 @@ def row_backward(
     centered: bool,
     bias: Tensor | None = None,
     then: Fused = NOTHING,
+    channels_last: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of :func:`row_forward` to x, weight and bias.
 
@@ -184,7 +190,7 @@ def row_backward(
     dweight = torch.empty(groups * k, dtype=dtype) if wanted[1] else None
     dbias = torch.empty(groups * k, dtype=dtype) if wanted[2] else None
     torch.ops.equinorm.row_backward.default(
-        dy, x, weight, mean, rstd, dx, dweight, dbias, rows, groups, k, s, measured, centered, _parameter(bias), *then
+        dy, x, weight, mean, rstd, dx, dweight, dbias, rows, groups, k, s, measured, centered, _parameter(bias), *then, channels_last
     )
     return dx, dweight, dbias
 

@@ -54,6 +54,9 @@ def info() -> dict[str, Any]:
     return {"state": "ready" if torch.cuda.is_available() else "ready, without a device", "reason": "", "triton": triton.__version__}
 
 
+INTERLEAVED = False  # channels_last groups take the channel geometry
+
+
 def fused(_: object) -> None:
     """No activation: those that follow a map run behind it, as PyTorch operations."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from equinorm.kernels import build, cpu
-from tests.helpers import assert_close, assert_grads_close
+from tests.helpers import assert_close, assert_grads_close, poisoned_memory
 from tests.references import kernels as reference
 from tests.tolerances import relative_error
 
@@ -167,6 +167,28 @@ def test_row_kernels_equal_the_loops(sizes: tuple[int, ...], dtype: torch.dtype,
             error = relative_error(got[name].double(), want[name])
             assert error <= 2 * SMALL[dtype] + torch.finfo(rounded).eps  # of the result, not of what was summed: terms cancel
     assert_grads_close({"x": got["x"]}, {"x": want["x"]})
+
+
+# Groups, channels of each, positions: rows narrower and wider than a vector, folded or not, of several blocks, of one position.
+@pytest.mark.parametrize(("groups", "k", "s"), [(2, 3, 7), (4, 24, 33), (1, 300, 5), (16, 2, 5000), (3, 40, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+def test_interleaved_rows_equal_the_loops(groups: int, k: int, s: int, dtype: torch.dtype, affine: bool) -> None:
+    shape = {"rows": 2 * groups, "groups": groups, "k": k, "s": s, "measured": k * s, "centered": True}
+    x, dy = data((2 * groups, k * s), dtype, "ncs"), data((2 * groups, k * s), dtype, "ncs", mean=0.3)
+    weight, bias = (torch.randn(groups * k, dtype=dtype) if affine else None for _ in range(2))
+    want = expect_rows(x, weight, bias, dy, 1e-3, **shape)
+    # The same values with the channels innermost: strides of a permuted tensor.
+    x, dy = (t.reshape(2, groups * k, s).transpose(1, 2).contiguous().transpose(1, 2) for t in (x, dy))
+    with poisoned_memory():
+        y, mean, rstd = cpu.row_forward(x, weight, bias, **shape, eps=1e-3, channels_last=True)
+        wanted = (True, affine, affine)
+        dx, *grads = cpu.row_backward(dy, x, weight, mean, rstd, **shape, wanted=wanted, channels_last=True)
+    assert_close(y.reshape(want["y"].shape), want["y"])
+    assert_grads_close({"x": dx.reshape(want["x"].shape)}, {"x": want["x"]})
+    for got, name in zip(grads, ("weight", "bias"), strict=True):
+        if affine:
+            assert relative_error(got.double(), want[name]) <= 2 * SMALL[dtype] + torch.finfo(dtype).eps
 
 
 def test_parameters_may_have_another_type_and_stride() -> None:

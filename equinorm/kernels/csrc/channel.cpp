@@ -307,6 +307,44 @@ void for_rows(const Blocks& blocks, int64_t unit, int64_t width, int64_t most, c
     for (int64_t j = 0; j < std::min(width, last - at); j += most) row(at + j, j, std::min({most, width - j, last - at - j}));
 }
 
+// y = f(map(x)) for one block.
+template <class T>
+void map_block(const ColumnParameters<AffineMap, T>& map, Activation f, const T* x, T* y, const Blocks& blocks, int64_t unit, To to) {
+  Scratch<Wide<T>> z;
+  for_rows(blocks, unit, map.width, f ? kScratch : map.width, [&](int64_t from, int64_t column, int64_t columns) {
+    if (!f) return map.apply(x + from, x + from, y + from, column, columns, to);
+    map.apply(x + from, x + from, z.values, column, columns, To::caches);
+    activate(f, z.values, y + from, columns, to);
+  });
+}
+
+// dx for one block, where an activation `f` follows the map `before`.
+template <class T>
+void pull_block(const ColumnParameters<BackwardMap, T>& map, const ColumnParameters<AffineMap, T>* before, Activation f, const T* dy,
+                const T* x, T* dx, const Blocks& blocks, int64_t unit, To to) {
+  Scratch<Wide<T>> z;
+  for_rows(blocks, unit, map.width, f ? kScratch : map.width, [&](int64_t from, int64_t column, int64_t columns) {
+    if (!f) return map.apply(x + from, dy + from, dx + from, column, columns, to);
+    before->apply(x + from, x + from, z.values, column, columns, To::caches);
+    pull(f, dy + from, z.values, columns);
+    map.apply(x + from, z.values, dx + from, column, columns, to);
+  });
+}
+
+// Calls body(gradient before the activation) for one block.
+template <class T, class Body>
+void with_pulled(const ColumnParameters<AffineMap, T>* before, Activation f, const T* dy, const T* x, const Blocks& blocks, int64_t unit,
+                 const Body& body) {
+  const int64_t from = blocks.offset(unit);
+  if (!f) return body(dy + from);
+  Buffer<Wide<T>> z(blocks.length(unit) * blocks.c);
+  for_rows(blocks, unit, before->width, before->width, [&](int64_t at, int64_t column, int64_t columns) {
+    before->apply(x + at, x + at, &z[at - from], column, columns, To::caches);
+  });
+  pull(f, dy + from, z.data(), blocks.length(unit) * blocks.c);
+  body(static_cast<const Wide<T>*>(z.data()));
+}
+
 // The same parameters for all samples: then the samples are one.
 template <int P>
 bool one_for_all(const Small (&small)[P]) {
@@ -327,14 +365,9 @@ void channel_affine(const T* x, Activated map, T* y, Shape shape) {
   const Blocks blocks(shape.n, shape.s, shape.c);
   parallel(blocks.count, blocks.elements(), [&](int64_t begin, int64_t end) {
     ColumnParameters<AffineMap, T> parameters;
-    Scratch<Wide<T>> z;
     for (int64_t u = begin; u < end; ++u) {
       parameters.set(small, blocks, u);
-      for_rows(blocks, u, parameters.width, map.f ? kScratch : parameters.width, [&](int64_t from, int64_t column, int64_t columns) {
-        if (!map.f) return parameters.apply(x + from, x + from, y + from, column, columns, to);
-        parameters.apply(x + from, x + from, z.values, column, columns, To::caches);
-        activate(map.f, z.values, y + from, columns, to);
-      });
+      map_block(parameters, map.f, x, y, blocks, u, to);
     }
   });
 }
@@ -355,16 +388,10 @@ void channel_backward(const T* dy, const T* x, Small center, Small scale, Small 
   parallel(blocks.count, 2 * blocks.elements(), [&](int64_t begin, int64_t end) {
     ColumnParameters<BackwardMap, T> parameters;
     ColumnParameters<AffineMap, T> before;
-    Scratch<Wide<T>> z;
     for (int64_t u = begin; u < end; ++u) {
       parameters.set(small, blocks, u);
       if (map.f) before.set(affine, blocks, u);
-      for_rows(blocks, u, parameters.width, map.f ? kScratch : parameters.width, [&](int64_t from, int64_t column, int64_t columns) {
-        if (!map.f) return parameters.apply(x + from, dy + from, dx + from, column, columns, to);
-        before.apply(x + from, x + from, z.values, column, columns, To::caches);
-        pull(map.f, dy + from, z.values, columns);
-        parameters.apply(x + from, z.values, dx + from, column, columns, to);
-      });
+      pull_block(parameters, map.f ? &before : nullptr, map.f, dy, x, dx, blocks, u, to);
     }
   });
 }
@@ -467,25 +494,13 @@ void channel_reduce(const T* dy, const T* x, Small center, Activated map, SmallO
     Buffer<double> first(blocks.count * blocks.c), second(blocks.count * blocks.c);
     parallel(blocks.count, 2 * blocks.elements(), [&](int64_t begin, int64_t end) {
       Buffer<double> scratch;
-      Buffer<Wide<T>> pulled;
       ColumnParameters<AffineMap, T> before;
       for (int64_t u = begin; u < end; ++u) {
-        const int64_t from = blocks.offset(u);
-        const auto reduce = [&](const auto* g) {
-          block_reduce(g, x + from, blocks.length(u), blocks.c, blocks.fold, center.sample(blocks.sample(u)), scratch,
+        if (map.f) before.set(affine, blocks, u);
+        with_pulled(map.f ? &before : nullptr, map.f, dy, x, blocks, u, [&](const auto* g) {
+          block_reduce(g, x + blocks.offset(u), blocks.length(u), blocks.c, blocks.fold, center.sample(blocks.sample(u)), scratch,
                        &first[u * blocks.c], &second[u * blocks.c]);
-        };
-        if (!map.f) {
-          reduce(dy + from);
-          continue;
-        }
-        before.set(affine, blocks, u);
-        pulled.resize(blocks.elements());
-        for_rows(blocks, u, before.width, before.width, [&](int64_t at, int64_t column, int64_t columns) {
-          before.apply(x + at, x + at, &pulled[at - from], column, columns, To::caches);
         });
-        pull(map.f, dy + from, pulled.data(), blocks.length(u) * blocks.c);
-        reduce(static_cast<const Wide<T>*>(pulled.data()));
       }
     });
     finish_sums(first, shape.n, blocks.per_sample, shape.c, sum_dy);
@@ -508,11 +523,110 @@ void channel_reduce(const T* dy, const T* x, Small center, Activated map, SmallO
   finish_sums(second, shape.n, segments, c, sum_dy_x);
 }
 
-#define EQUINORM_INSTANTIATE(T)                                                               \
-  template void channel_moments(const T*, SmallOut, SmallOut, Shape);                         \
-  template void channel_affine(const T*, Activated, T*, Shape);                               \
-  template void channel_reduce(const T*, const T*, Small, Activated, SmallOut, SmallOut, Shape); \
-  template void channel_backward(const T*, const T*, Small, Small, Small, Small, Activated, T*, Shape);
+// ---- rules local to a group of a sample ---------------------------------------------------------------------------------------
+
+// Samples are measured and finished one after the other, while they are in the cache; see by_rows.
+template <class T>
+void interleaved_forward(const T* x, const double* weight, const double* bias, Activation f, T* y, double* mean, double* rstd, Rows shape,
+                         double eps) {
+  const int64_t k = shape.k, c = shape.groups * k, n = shape.rows / shape.groups, s = shape.s;
+  const Blocks blocks(n, s, c);
+  const To to = destination(n * s * c * sizeof(T));
+  Buffer<double> means(blocks.count * c), squares(blocks.count * c), center(n * c), scale(n * c), shift(n * c);
+  const Small small[] = {{center.data(), c}, {scale.data(), c}, {shift.data(), c}};
+  std::vector<ColumnParameters<AffineMap, T>> parameters(n);
+
+  const auto measure = [&](int64_t i, int64_t, int64_t block) {
+    const int64_t u = i * blocks.per_sample + block;
+    Buffer<double> scratch;
+    block_moments(x + blocks.offset(u), blocks.length(u), c, blocks.fold, scratch, &means[u * c], &squares[u * c]);
+  };
+  const auto merge = [&](int64_t i, int64_t) {
+    const int64_t first = i * blocks.per_sample;
+    double *const m = &center[i * c], *const q = &scale[i * c];  // hold the channels' moments until their places are needed
+    pool(&means[first * c], &squares[first * c], blocks.per_sample, c, c, [&](int64_t b) { return double(blocks.length(b)); }, m, q);
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      const int64_t row = i * shape.groups + g;
+      double middle, total;
+      pool(m + g * k, q + g * k, k, 1, 1, [&](int64_t) { return double(s); }, &middle, &total);
+      mean[row] = middle;
+      rstd[row] = 1 / std::sqrt(total * (1.0 / shape.length()) + eps);
+      for (int64_t j = g * k; j < (g + 1) * k; ++j) {
+        m[j] = middle;
+        q[j] = weight ? rstd[row] * weight[j] : rstd[row];
+        shift[i * c + j] = bias ? bias[j] : 0;
+      }
+    }
+    parameters[i].set(small, blocks, first);
+  };
+  const auto finish = [&](int64_t i, int64_t, int64_t block) {
+    map_block(parameters[i], f, x, y, blocks, i * blocks.per_sample + block, to);
+  };
+  by_rows(n, 1, s * c, blocks.per_sample, blocks.per_sample, measure, merge, finish, [](int64_t, int64_t) {});
+}
+
+template <class T>
+void interleaved_backward(const T* dy, const T* x, const double* weight, const double* bias, Activation f, const double* mean,
+                          const double* rstd, T* dx, double* dweight, double* dbias, Rows shape) {
+  const int64_t k = shape.k, c = shape.groups * k, n = shape.rows / shape.groups, s = shape.s;
+  const Blocks blocks(n, s, c);
+  const To to = destination(n * s * c * sizeof(T));
+  Buffer<double> first(blocks.count * c), second(blocks.count * c), sum_dy(n * c), sum_dy_h(n * c);
+  Buffer<double> center(n * c), scale(n * c), shift(n * c), slope(n * c), offset(n * c);
+  const Small affine[] = {{center.data(), c}, {scale.data(), c}, {shift.data(), c}};
+  const Small small[] = {affine[0], affine[1], {slope.data(), c}, {offset.data(), c}};
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < c; ++j) {
+      const int64_t row = i * shape.groups + j / k;
+      center[i * c + j] = mean[row], scale[i * c + j] = weight ? rstd[row] * weight[j] : rstd[row], shift[i * c + j] = bias ? bias[j] : 0;
+    }
+  std::vector<ColumnParameters<BackwardMap, T>> parameters(n);
+  std::vector<ColumnParameters<AffineMap, T>> before(f ? n : 0);
+  for (int64_t i = 0; i < static_cast<int64_t>(before.size()); ++i) before[i].set(affine, blocks, i * blocks.per_sample);
+
+  const auto measure = [&](int64_t i, int64_t, int64_t block) {
+    const int64_t u = i * blocks.per_sample + block;
+    Buffer<double> scratch;
+    with_pulled(f ? &before[i] : nullptr, f, dy, x, blocks, u, [&](const auto* g) {
+      block_reduce(g, x + blocks.offset(u), blocks.length(u), c, blocks.fold, &center[i * c], scratch, &first[u * c], &second[u * c]);
+    });
+  };
+  const auto merge = [&](int64_t i, int64_t) {
+    double *const a = &sum_dy[i * c], *const b = &sum_dy_h[i * c];
+    std::fill_n(a, c, 0.0), std::fill_n(b, c, 0.0);
+    for (int64_t u = i * blocks.per_sample; u < (i + 1) * blocks.per_sample; ++u)
+      for (int64_t j = 0; j < c; ++j) a[j] += first[u * c + j], b[j] += second[u * c + j];
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      const double r = rstd[i * shape.groups + g];
+      double constant = 0, through = 0;
+      for (int64_t j = g * k; j < (g + 1) * k; ++j) {
+        b[j] *= r;
+        const double w = weight ? weight[j] : 1;
+        constant += w * a[j], through += w * b[j];
+      }
+      std::fill_n(&slope[i * c + g * k], k, -r * r * through / shape.length());
+      std::fill_n(&offset[i * c + g * k], k, -r * constant / shape.length());
+    }
+    parameters[i].set(small, blocks, i * blocks.per_sample);
+  };
+  const auto finish = [&](int64_t i, int64_t, int64_t block) {
+    pull_block(parameters[i], f ? &before[i] : nullptr, f, dy, x, dx, blocks, i * blocks.per_sample + block, to);
+  };
+  by_rows(n, 1, s * c, blocks.per_sample, blocks.per_sample, measure, merge, finish, [](int64_t, int64_t) {});
+  if (!dweight) return;
+  std::fill_n(dweight, c, 0.0), std::fill_n(dbias, c, 0.0);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < c; ++j) dweight[j] += sum_dy_h[i * c + j], dbias[j] += sum_dy[i * c + j];
+}
+
+#define EQUINORM_INSTANTIATE(T)                                                                                              \
+  template void channel_moments(const T*, SmallOut, SmallOut, Shape);                                                        \
+  template void channel_affine(const T*, Activated, T*, Shape);                                                              \
+  template void channel_reduce(const T*, const T*, Small, Activated, SmallOut, SmallOut, Shape);                             \
+  template void channel_backward(const T*, const T*, Small, Small, Small, Small, Activated, T*, Shape);                      \
+  template void interleaved_forward(const T*, const double*, const double*, Activation, T*, double*, double*, Rows, double); \
+  template void interleaved_backward(const T*, const T*, const double*, const double*, Activation, const double*,            \
+                                     const double*, T*, double*, double*, Rows);
 EQUINORM_INSTANTIATE(double)
 EQUINORM_INSTANTIATE(float)
 EQUINORM_INSTANTIATE(bfloat16)

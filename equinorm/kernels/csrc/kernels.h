@@ -132,6 +132,7 @@ void channel_backward(const T* dy, const T* x, Small center, Small scale, Small 
 struct Rows {
   int64_t rows, groups, k, s, measured;
   bool centered;
+  bool channels_last = false;  // the rows of a sample are interleaved, (s, groups * k); only with measured = k * s
   int64_t length() const { return k * s; }
   int64_t parameters() const { return groups * k; }
 };
@@ -144,5 +145,13 @@ void row_forward(const T* x, const double* weight, const double* bias, Activatio
 template <class T>
 void row_backward(const T* dy, const T* x, const double* weight, const double* bias, Activation f, const double* mean,
                   const double* rstd, T* dx, double* dweight, double* dbias, Rows shape);
+
+// The same for interleaved rows.
+template <class T>
+void interleaved_forward(const T* x, const double* weight, const double* bias, Activation f, T* y, double* mean, double* rstd, Rows shape,
+                         double eps);
+template <class T>
+void interleaved_backward(const T* dy, const T* x, const double* weight, const double* bias, Activation f, const double* mean,
+                          const double* rstd, T* dx, double* dweight, double* dbias, Rows shape);
 
 }  // namespace equinorm

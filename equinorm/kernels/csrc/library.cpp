@@ -184,11 +184,13 @@ void channel_backward_op(const Tensor& dy, const Tensor& x, const Tensor& center
   dispatch(op, x.scalar_type(), [&]<class T>(T*) { channel_backward(in<T>(dy), in<T>(x), a, b, d, e, map, out<T>(dx), shape); });
 }
 
-Rows checked_rows(const char* op, int64_t rows, int64_t groups, int64_t k, int64_t s, int64_t measured, bool centered) {
+Rows checked_rows(const char* op, int64_t rows, int64_t groups, int64_t k, int64_t s, int64_t measured, bool centered,
+                  bool channels_last) {
   REQUIRE(rows > 0 && groups > 0 && k > 0 && s > 0, "sizes must be positive, got rows=", rows, ", groups=", groups, ", k=", k, ", s=", s);
   REQUIRE(rows % groups == 0, "rows must be a multiple of groups, got ", rows, " and ", groups);
   REQUIRE(measured > 0 && measured <= k * s, "measured must be within 1 and the row's length ", k * s, ", got ", measured);
-  return {rows, groups, k, s, measured, centered};
+  REQUIRE(!channels_last || (centered && measured == k * s), "channels_last rows are centered and measured throughout");
+  return {rows, groups, k, s, measured, centered, channels_last};
 }
 
 // One parameter as doubles; where it is absent, `absent` throughout.
@@ -211,18 +213,18 @@ void check_statistic(const char* op, const char* name, const Tensor& t, int64_t 
 
 Activation checked_row_activation(const char* op, int64_t kind, double parameter, const Rows& shape, bool parameters) {
   const Activation f = checked_activation(op, kind, parameter);
-  REQUIRE(!f || shape.s > 1 || !parameters, "an activation cannot follow parameters per column");
+  REQUIRE(!f || shape.s > 1 || shape.channels_last || !parameters, "an activation cannot follow parameters per column");
   return f;
 }
 
 void row_forward_op(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, Tensor y, Tensor mean, Tensor rstd,
                     int64_t rows, int64_t groups, int64_t k, int64_t s, int64_t measured, double eps, bool centered, int64_t activation,
-                    double parameter) {
+                    double parameter, bool channels_last) {
   const char* op = "row_forward";
-  const Rows shape = checked_rows(op, rows, groups, k, s, measured, centered);
+  const Rows shape = checked_rows(op, rows, groups, k, s, measured, centered, channels_last);
   const Activation f = checked_row_activation(op, activation, parameter, shape, weight || bias);
-  check_data(op, "x", x, x, rows * shape.length(), false);
-  check_data(op, "y", y, x, rows * shape.length(), false);
+  check_data(op, "x", x, x, rows * shape.length(), channels_last);
+  check_data(op, "y", y, x, rows * shape.length(), channels_last);
   check_statistic(op, "mean", mean, rows);
   check_statistic(op, "rstd", rstd, rows);
   Buffer<double> w, b;
@@ -231,20 +233,21 @@ void row_forward_op(const Tensor& x, const OptionalTensor& weight, const Optiona
     b = parameter_of(op, "bias", bias, shape.parameters(), 0);
   }
   dispatch(op, x.scalar_type(), [&]<class T>(T*) {
-    row_forward(in<T>(x), w.empty() ? nullptr : w.data(), b.empty() ? nullptr : b.data(), f, out<T>(y), out<double>(mean),
-                out<double>(rstd), shape, eps);
+    (channels_last ? interleaved_forward<T> : row_forward<T>)(in<T>(x), w.empty() ? nullptr : w.data(), b.empty() ? nullptr : b.data(), f,
+                                                              out<T>(y), out<double>(mean), out<double>(rstd), shape, eps);
   });
 }
 
 void row_backward_op(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& mean, const Tensor& rstd, Tensor dx,
                      const OptionalTensor& dweight, const OptionalTensor& dbias, int64_t rows, int64_t groups, int64_t k, int64_t s,
-                     int64_t measured, bool centered, const OptionalTensor& bias, int64_t activation, double parameter) {
+                     int64_t measured, bool centered, const OptionalTensor& bias, int64_t activation, double parameter,
+                     bool channels_last) {
   const char* op = "row_backward";
-  const Rows shape = checked_rows(op, rows, groups, k, s, measured, centered);
+  const Rows shape = checked_rows(op, rows, groups, k, s, measured, centered, channels_last);
   const Activation f = checked_row_activation(op, activation, parameter, shape, weight || bias);
-  check_data(op, "x", x, x, rows * shape.length(), false);
-  check_data(op, "dy", dy, x, rows * shape.length(), false);
-  check_data(op, "dx", dx, x, rows * shape.length(), false);
+  check_data(op, "x", x, x, rows * shape.length(), channels_last);
+  check_data(op, "dy", dy, x, rows * shape.length(), channels_last);
+  check_data(op, "dx", dx, x, rows * shape.length(), channels_last);
   check_statistic(op, "mean", mean, rows);
   check_statistic(op, "rstd", rstd, rows);
   // The gradients of both parameters are summed if any is wanted, in double, and rounded once.
@@ -261,8 +264,9 @@ void row_backward_op(const Tensor& dy, const Tensor& x, const OptionalTensor& we
   }
   if (f && bias) b = parameter_of(op, "bias", bias, shape.parameters(), 0);
   dispatch(op, x.scalar_type(), [&]<class T>(T*) {
-    row_backward(in<T>(dy), in<T>(x), w.empty() ? nullptr : w.data(), b.empty() ? nullptr : b.data(), f, in<double>(mean),
-                 in<double>(rstd), out<T>(dx), w.empty() ? nullptr : dw.data(), w.empty() ? nullptr : db.data(), shape);
+    (channels_last ? interleaved_backward<T> : row_backward<T>)(
+        in<T>(dy), in<T>(x), w.empty() ? nullptr : w.data(), b.empty() ? nullptr : b.data(), f, in<double>(mean), in<double>(rstd),
+        out<T>(dx), w.empty() ? nullptr : dw.data(), w.empty() ? nullptr : db.data(), shape);
   });
   const auto write = [&](const OptionalTensor& t, const Buffer<double>& values) {
     if (!t) return;
@@ -313,10 +317,10 @@ STABLE_TORCH_LIBRARY(equinorm, m) {
         " int s, bool channels_last, Tensor? map_center=None, Tensor? map_scale=None, Tensor? map_shift=None, int activation=0,"
         " float parameter=0.0) -> ()");
   m.def("row_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, int rows, int groups, int k,"
-        " int s, int measured, float eps, bool centered, int activation=0, float parameter=0.0) -> ()");
+        " int s, int measured, float eps, bool centered, int activation=0, float parameter=0.0, bool channels_last=False) -> ()");
   m.def("row_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor(a!) dx, Tensor(b!)? dweight,"
         " Tensor(c!)? dbias, int rows, int groups, int k, int s, int measured, bool centered, Tensor? bias=None, int activation=0,"
-        " float parameter=0.0) -> ()");
+        " float parameter=0.0, bool channels_last=False) -> ()");
   m.def("running_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float weight, float bessel) -> ()");
 }
 

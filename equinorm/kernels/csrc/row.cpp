@@ -11,9 +11,6 @@ namespace {
 
 constexpr int64_t kParts = 32;  // most pieces of the batch over which parameter gradients are summed apart, then merged in order
 
-// Whether pieces rather than rows are shared out. Decides about speed only.
-bool split_rows(int64_t rows, int64_t length) { return length >= 2 * kSegment && threads() > 1 && rows < 4 * threads(); }
-
 // Part of a row: up to kSegment elements with parameters per column (s == 1) or of one channel (s > 1).
 struct Piece {
   int64_t begin, count, parameter;  // parameter: of the first element, counted from the group's first
@@ -27,36 +24,6 @@ std::vector<Piece> pieces_of(const Rows& shape) {
     for (int64_t at = 0; at < stretch; at += kSegment)
       pieces.push_back({channel * stretch + at, std::min(kSegment, stretch - at), columns ? at : channel});
   return pieces;
-}
-
-// Runs measure(row, group, i) for all i < `measures`, then merge(row, group), then finish(row, group, i) for all i < `finishes`: one
-// row after the other, each while it is in the cache. ahead(row, i) is to fetch what finish reads: while one row is written, memory
-// would otherwise not be read.
-template <class Measure, class Merge, class Finish, class Ahead>
-void by_rows(const Rows& shape, int64_t measures, int64_t finishes, const Measure& measure, const Merge& merge, const Finish& finish,
-             const Ahead& ahead) {
-  if (split_rows(shape.rows, shape.length())) {
-    const auto each = [&](int64_t count, const auto& work) {
-      parallel(shape.rows * count, shape.length() / count, [&](int64_t begin, int64_t end) {
-        for_grid(begin, end, shape.groups, count, [&](int64_t n, int64_t g, int64_t i) { work(n * shape.groups + g, g, i); });
-      });
-    };
-    each(measures, measure);
-    for_grid(0, shape.rows, shape.groups, 1, [&](int64_t n, int64_t g, int64_t) { merge(n * shape.groups + g, g); });
-    each(finishes, finish);
-    return;
-  }
-  parallel(shape.rows, shape.length(), [&](int64_t begin, int64_t end) {
-    for_grid(begin, end, shape.groups, 1, [&](int64_t n, int64_t g, int64_t) {
-      const int64_t row = n * shape.groups + g;
-      for (int64_t i = 0; i < measures; ++i) measure(row, g, i);
-      merge(row, g);
-      for (int64_t i = 0; i < finishes; ++i) {
-        if (row + 1 < end) ahead(row + 1, i);
-        finish(row, g, i);
-      }
-    });
-  });
 }
 
 // Parameters per column, in both arithmetics; floats only where all of them are moderate enough.
@@ -175,7 +142,7 @@ void row_forward(const T* x, const double* weight, const double* bias, Activatio
     activate_run(f, x + at, y + at, count, parameters, to);
   };
   const auto ahead = [&](int64_t row, int64_t i) { prefetch(x + row * shape.length() + pieces[i].begin, pieces[i].count * sizeof(T)); };
-  by_rows(shape, segments, static_cast<int64_t>(pieces.size()), measure, merge, finish, ahead);
+  by_rows(shape.rows, shape.groups, shape.length(), segments, static_cast<int64_t>(pieces.size()), measure, merge, finish, ahead);
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------------------
@@ -246,7 +213,7 @@ void backward_channels(const T* dy, const T* x, const double* weight, const doub
     prefetch(x + at, pieces[i].count * sizeof(T));
     prefetch(dy + at, pieces[i].count * sizeof(T));
   };
-  by_rows(shape, count, count, measure, merge, finish, ahead);
+  by_rows(shape.rows, shape.groups, shape.length(), count, count, measure, merge, finish, ahead);
   if (!dweight) return;
   std::fill_n(dweight, parameters, 0.0), std::fill_n(dbias, parameters, 0.0);
   for (int64_t row = 0; row < shape.rows; row += shape.groups)

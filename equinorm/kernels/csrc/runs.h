@@ -333,4 +333,39 @@ EQUINORM_INLINE inline void for_pulled(Activation f, const T* dy, const T* x, in
   });
 }
 
+// ---- rows: measured, and finished while they are in the cache -----------------------------------------------------------------
+
+// Whether pieces rather than rows are shared out. Decides about speed only.
+inline bool split_rows(int64_t rows, int64_t length) { return length >= 2 * kSegment && threads() > 1 && rows < 4 * threads(); }
+
+// Runs measure(row, group, i) for all i < `measures`, then merge(row, group), then finish(row, group, i) for all i < `finishes`: one
+// row after the other, each while it is in the cache. ahead(row, i) is to fetch what finish reads: while one row is written, memory
+// would otherwise not be read.
+template <class Measure, class Merge, class Finish, class Ahead>
+void by_rows(int64_t rows, int64_t groups, int64_t length, int64_t measures, int64_t finishes, const Measure& measure,
+             const Merge& merge, const Finish& finish, const Ahead& ahead) {
+  if (split_rows(rows, length)) {
+    const auto each = [&](int64_t count, const auto& work) {
+      parallel(rows * count, length / count, [&](int64_t begin, int64_t end) {
+        for_grid(begin, end, groups, count, [&](int64_t n, int64_t g, int64_t i) { work(n * groups + g, g, i); });
+      });
+    };
+    each(measures, measure);
+    for_grid(0, rows, groups, 1, [&](int64_t n, int64_t g, int64_t) { merge(n * groups + g, g); });
+    each(finishes, finish);
+    return;
+  }
+  parallel(rows, length, [&](int64_t begin, int64_t end) {
+    for_grid(begin, end, groups, 1, [&](int64_t n, int64_t g, int64_t) {
+      const int64_t row = n * groups + g;
+      for (int64_t i = 0; i < measures; ++i) measure(row, g, i);
+      merge(row, g);
+      for (int64_t i = 0; i < finishes; ++i) {
+        if (row + 1 < end) ahead(row + 1, i);
+        finish(row, g, i);
+      }
+    });
+  });
+}
+
 }  // namespace equinorm
