@@ -19,7 +19,7 @@ ROWS = [
     (1, 1, 1, 1, 1),
     (5, 1, 37, 1, 37),
     (5, 1, 37, 1, 11),
-    (70, 1, 16, 1, 16),
+    (150, 1, 64, 1, 64),
     (3, 1, 127, 1, 127),
     (3, 1, 257, 1, 257),
     (5, 1, 300, 1, 131),
@@ -109,12 +109,23 @@ def test_rows_that_are_shared_out_are_exact_on_extreme_values(case: str, sizes: 
     torture(case, sizes, centered=True)
 
 
+@pytest.mark.parametrize("tiles", ["small", "usual"])
+def test_small_values_beside_a_large_eps(tiles: str, request: pytest.FixtureRequest) -> None:
+    if tiles == "small":
+        request.getfixturevalue("small_tiles")
+    shape = {"rows": 2, "groups": 1, "k": 300, "s": 1, "measured": 300, "centered": True}
+    x, dy = torch.randn(2, 300) * 1e-17, torch.randn(2, 300)
+    got, want = (run(x, None, None, dy, 1e-5, **shape) for run in (run_rows, expect_rows))
+    assert relative_error(got["y"], want["y"]) <= OUTPUT[torch.float32]
+    assert relative_error(got["x"], want["x"]) <= GRADIENT[torch.float32]
+
+
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("value", [3.3, -1e-40, 1e38])
+@pytest.mark.parametrize("value", [3.3, -1e-40, 1e20, 1e38])
 @pytest.mark.parametrize("length", [50, 100, 300])
 def test_a_constant_row_is_exactly_its_mean(value: float, length: int) -> None:
     shape = {"rows": 3, "groups": 1, "k": length, "s": 1, "measured": length, "centered": True}
-    result = run_rows(torch.full((3, length), value), None, None, torch.randn(3, length), 1e-30, **shape)
+    result = run_rows(torch.full((3, length), value), None, None, torch.randn(3, length), 1e-40, **shape)
     assert (result["y"] == 0).all()
     assert result["x"].isfinite().all()
 
