@@ -136,19 +136,16 @@ def _grid() -> tuple[Tensor, Tensor]:
 _aten = torch.ops.aten
 
 
-@cache
 def identity() -> Activation:
     """Nothing."""
     return Activation("identity", nn.Identity(), lambda dy, _: dy, lambda y: y)
 
 
-@cache
 def relu() -> Activation:
     """Z above 0, else 0."""
     return Activation("relu", F.relu, lambda dy, y: _aten.threshold_backward(dy, y, 0))
 
 
-@cache
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
     """The larger of z and slope z."""
     return Activation(
@@ -169,7 +166,6 @@ def rrelu(lower: float = 1 / 8, upper: float = 1 / 3) -> Activation:
     return leaky_relu((lower + upper) / 2)
 
 
-@cache
 def elu(alpha: float = 1.0) -> Activation:
     """Of z, z above 0 and alpha (exp(z) - 1) below: z is known to an error of eps / 2 exp(-z), which should stay below 1e-3."""
     return Activation(
@@ -181,56 +177,47 @@ def elu(alpha: float = 1.0) -> Activation:
     )
 
 
-@cache
 def celu(alpha: float = 1.0) -> Activation:
     """Elu whose slope is continuous for every alpha."""
     return Activation("celu", partial(F.celu, alpha=alpha), lambda dy, y: _aten.elu_backward(dy, alpha, 1.0, 1 / alpha, True, y))
 
 
-@cache
 def selu() -> Activation:
     """elu, scaled so that standard normal input gives mean 0 and variance 1."""
     alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
     return Activation("selu", F.selu, lambda dy, y: _aten.elu_backward(dy, alpha, scale, 1.0, True, y))
 
 
-@cache
 def gelu(approximate: str = "none") -> Activation:
     """Z times the standard normal distribution function, or its tanh approximation."""
     return Activation("gelu" if approximate == "none" else f"gelu_{approximate}", partial(F.gelu, approximate=approximate))
 
 
-@cache
 def tanh() -> Activation:
     """Hyperbolic tangent."""
     return Activation("tanh", torch.tanh, lambda dy, y: _aten.tanh_backward(dy, y))
 
 
-@cache
 def sigmoid() -> Activation:
     """1 / (1 + exp(-z))."""
     return Activation("sigmoid", torch.sigmoid, lambda dy, y: _aten.sigmoid_backward(dy, y))
 
 
-@cache
 def logsigmoid() -> Activation:
     """Logarithm of the sigmoid."""
     return Activation("logsigmoid", F.logsigmoid, lambda dy, y: dy * -torch.expm1(y))
 
 
-@cache
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
     """log(1 + exp(beta z)) / beta, and z itself where beta z is above the threshold."""
     return Activation("softplus", partial(F.softplus, beta=beta, threshold=threshold), lambda dy, y: dy * -torch.expm1(-beta * y))
 
 
-@cache
 def softsign() -> Activation:
     """Z / (1 + |z|)."""
     return Activation("softsign", F.softsign, lambda dy, y: dy * (1 - y.abs()).square())
 
 
-@cache
 def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
     """Z within bounds."""
     name = "relu6" if (min_val, max_val) == (0.0, 6.0) else "hardtanh"
@@ -239,43 +226,36 @@ def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
     )
 
 
-@cache
 def hardsigmoid() -> Activation:
     """Z / 6 + 1/2 within 0 and 1."""
     return Activation("hardsigmoid", F.hardsigmoid, lambda dy, y: torch.where((y > 0) & (y < 1), dy / 6, 0.0))
 
 
-@cache
 def softshrink(lambd: float = 0.5) -> Activation:
     """Z moved towards 0 by lambda, 0 within it."""
     return Activation("softshrink", partial(F.softshrink, lambd=lambd), lambda dy, y: torch.where(y == 0, 0.0, dy))
 
 
-@cache
 def hardshrink(lambd: float = 0.5) -> Activation:
     """z, 0 within lambda."""
     return Activation("hardshrink", partial(F.hardshrink, lambd=lambd), lambda dy, y: torch.where(y == 0, 0.0, dy))
 
 
-@cache
 def silu() -> Activation:
     """Z sigmoid(z), also called swish."""
     return Activation("silu", F.silu)
 
 
-@cache
 def mish() -> Activation:
     """Z tanh(softplus(z))."""
     return Activation("mish", F.mish)
 
 
-@cache
 def hardswish() -> Activation:
     """Z hardsigmoid(z)."""
     return Activation("hardswish", F.hardswish)
 
 
-@cache
 def tanhshrink() -> Activation:
     """Z - tanh(z)."""
     return Activation("tanhshrink", F.tanhshrink)
@@ -340,6 +320,12 @@ _named: dict[tuple[str, float | None], Activation] = {}
 PARAMETRIC: dict[str, Callable[[float], Activation]] = {"leaky_relu": leaky_relu, "elu": elu, "celu": celu}
 
 
+@cache
+def _built(build: Callable[..., Activation], *settings: Any) -> Activation:
+    """An activation of the table, built once, so that its integrals are computed once."""
+    return build(*settings)
+
+
 def of_module(module: nn.Module) -> Activation | None:
     """The activation that a module of torch.nn computes, with its parameters; None if it is not one of the table."""
     for base in type(module).__mro__:
@@ -347,7 +333,8 @@ def of_module(module: nn.Module) -> Activation | None:
             if type(module).forward is not base.forward:
                 return None  # a subclass that computes something else
             build = MODULES[base]
-            return build(**{name: getattr(module, name) for name in inspect.signature(build).parameters})
+            settings = tuple(getattr(module, name) for name in inspect.signature(build).parameters)
+            return build(*settings) if any(isinstance(value, Tensor) for value in settings) else _built(build, *settings)
     return None
 
 
@@ -377,7 +364,7 @@ def find(activation: str | nn.Module | Callable[[Tensor], Any]) -> Activation:
     if isinstance(activation, str):
         if activation not in TABLE:
             raise ValueError(f"activation must be a function of torch.nn.functional, got {activation!r}; known are {', '.join(TABLE)}")
-        return TABLE[activation]()
+        return _built(TABLE[activation])
     if isinstance(activation, nn.Module) and (known := of_module(activation)):
         return known
     return Activation(getattr(activation, "__name__", type(activation).__name__), activation)
