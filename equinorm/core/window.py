@@ -38,6 +38,11 @@ def window_sum(x: Tensor, taps: tuple[float, ...], dim: int) -> Tensor:
     return _WindowSum.apply(x, taps, dim, before)
 
 
+def mirrored_sum(x: Tensor, taps: tuple[float, ...], dim: int) -> Tensor:
+    """The adjoint of :func:`window_sum`: what each position gets back from the windows that it lies in. Without gradient of its own."""
+    return _unrolled(x, taps[::-1], dim % x.ndim, len(taps) - 1 - len(taps) // 2)
+
+
 def _unrolled(x: Tensor, taps: tuple[float, ...], dim: int, before: int) -> Tensor:
     """The definition; ``before`` of the taps lie before the position itself."""
     length = x.shape[dim]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from equinorm.core.base import check_channels, check_count
 from equinorm.core.precision import without_autocast
+from equinorm.core.roots import power
 from equinorm.facts import Facts, Paper
 from equinorm.kernels.reference import wide
 
@@ -17,11 +18,11 @@ PEDESTAL = 2.0**-36  # keeps the root that parameters are stored as away from ze
 
 def generalized_divisive(x: Tensor, beta: Tensor, gamma: Tensor, alpha: float, epsilon: float, inverse: bool) -> Tensor:
     """Divide (or multiply) each channel by a weighted sum of the powers of all channels at the same position."""
-    power = x.square() if alpha == 2 else x.abs() if alpha == 1 else x.abs().pow(alpha)
-    power = power.flatten(2) if x.ndim > 2 else power.unsqueeze(2)  # (N, C, S)
+    powers = x.square() if alpha == 2 else x.abs() if alpha == 1 else x.abs().pow(alpha)
+    powers = powers.flatten(2) if x.ndim > 2 else powers.unsqueeze(2)  # (N, C, S)
     with without_autocast(x):
-        pool = torch.baddbmm(beta.unsqueeze(1), gamma.expand(x.shape[0], -1, -1), power).view_as(x)
-    return x * pool.pow(epsilon if inverse else -epsilon)
+        pool = torch.baddbmm(beta.unsqueeze(1), gamma.expand(x.shape[0], -1, -1), powers).view_as(x)
+    return x * power(pool, epsilon if inverse else -epsilon)
 
 
 class GeneralizedDivisiveNorm(nn.Module):

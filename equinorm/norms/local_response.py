@@ -2,27 +2,73 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from equinorm.core.base import check_count, check_floating
 from equinorm.core.channel import canonical_mask
-from equinorm.core.window import box, window_sum
+from equinorm.core.roots import power
+from equinorm.core.window import box, mirrored_sum, window_sum
 from equinorm.facts import Facts, Paper
+from equinorm.kernels import Impl, dense, like, pick
 from equinorm.kernels.reference import wide
 
+BLOCK = 1 << 17  # values of the samples whose windows are summed at a time, in the cache
 
-def local_response(x: Tensor, size: int, alpha: float, beta: float, k: float, dims: tuple[int, ...]) -> Tensor:
+
+class Response(NamedTuple):
     """Divide each value by a power of the mean square in its window along ``dims``, zeros beyond the border counted."""
-    energy = x.square()
-    for dim in dims:
-        energy = window_sum(energy, box(size), dim)
-    s = k + alpha * energy
-    if k == 0:
-        s = torch.where(s == 0, 1, s)  # a window of zeros: 0 comes out, with a finite gradient
-    return x * s.pow(-beta)
+
+    size: int
+    alpha: float
+    beta: float
+    k: float
+    dims: tuple[int, ...]
+
+    def energy(self, x: Tensor) -> Tensor:
+        """What is raised to the power."""
+        energy = x.square()
+        for dim in self.dims:
+            energy = window_sum(energy, box(self.size), dim)
+        s = self.k + self.alpha * energy
+        return torch.where(s == 0, 1, s) if self.k == 0 else s  # a window of zeros: 0 comes out, with a finite gradient
+
+    def value(self, x: Tensor) -> Tensor:
+        return wide(x).mul(power(self.energy(wide(x)), -self.beta)).to(x.dtype)
+
+    def pull(self, dy: Tensor, x: Tensor) -> Tensor:
+        """Dx = dy s^-beta - 2 alpha beta x (sum over the windows that x lies in of dy x s^(-beta - 1))."""
+        s = self.energy(x)
+        direct = power(s, -self.beta).mul_(dy)
+        shared = (direct * x).div_(s)
+        for dim in self.dims:
+            shared = mirrored_sum(shared, box(self.size), dim)
+        return direct.sub_(shared.mul_(x), alpha=2 * self.alpha * self.beta)
+
+
+class _Blocks(torch.autograd.Function):
+    """The same on as many samples at a time as fit into the cache. Only x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, response: Response, x: Tensor) -> Tensor:
+        ctx.response = response
+        ctx.save_for_backward(x)
+        y, step = torch.empty_like(x), max(BLOCK // x[0].numel(), 1)
+        for part, target in zip(x.split(step), y.split(step), strict=True):
+            target.copy_(response.value(part))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        (x,), response = ctx.saved_tensors, ctx.response
+        if torch.is_grad_enabled():
+            return None, *torch.autograd.grad(response.value(x), x, dy, create_graph=True)
+        dx, step = torch.empty_like(x), max(BLOCK // x[0].numel(), 1)
+        for part, from_y, target in zip(*(t.split(step) for t in (x, like(dy, x), dx)), strict=True):
+            target.copy_(response.pull(wide(from_y), wide(part)))
+        return None, dx
 
 
 class LocalResponseNorm(torch.nn.LocalResponseNorm):
@@ -105,17 +151,16 @@ class LocalResponseNorm(torch.nn.LocalResponseNorm):
         """Local response norm over windows of ``size``, for any number of channels."""
         return cls(size, **options)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
         check_floating(self, x)
         least = 2 if self.mode == "across" else 3
         if x.ndim < least:
             form = "(N, C, *spatial)" if self.mode == "across" else "(N, C, *spatial) with at least one spatial dimension"
             raise ValueError(f"LocalResponseNorm: the input must have shape {form} {self.mode} channels, got {tuple(x.shape)}")
-        data = wide(x)
         if mask is not None:
-            data = torch.where(canonical_mask(x, mask), data, 0)
-        dims = (1,) if self.mode == "across" else tuple(range(2, x.ndim))
-        return local_response(data, self.size, self.alpha, self.beta, self.k, dims).to(x.dtype)
+            x = torch.where(canonical_mask(x, mask), x, 0)
+        response = Response(self.size, self.alpha, self.beta, self.k, (1,) if self.mode == "across" else tuple(range(2, x.ndim)))
+        return response.value(x) if pick(x, impl) is None or not x.numel() else _Blocks.apply(response, dense(x))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode}"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from equinorm.core.base import check_eps, check_floating
+from equinorm.core.position import position_norm
 from equinorm.core.row import row_norm
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl
@@ -75,9 +76,14 @@ class PixelNorm(nn.Module):
                 f"PixelNorm: the input must have shape (N, C, *spatial) or any with a dimension {self.dim}, got {tuple(x.shape)}"
             )
         rows = x.movedim(self.dim, -1)
-        # A position is a row where its features are contiguous; elsewhere a copy into rows would cost more than the kernel saves.
-        y = row_norm(rows, 1, None, None, self.eps, centered=False, impl=impl if rows.is_contiguous() else "plain")
-        return y.movedim(-1, self.dim)
+        if rows.is_contiguous() or self.dim % x.ndim != 1:  # a position is a row; elsewhere a copy into rows would cost more than it saves
+            y = row_norm(rows, 1, None, None, self.eps, centered=False, impl=impl if rows.is_contiguous() else "plain")
+            return y.movedim(-1, self.dim)
+
+        def definition(x: Tensor) -> Tensor:
+            return row_norm(x.movedim(1, -1), 1, None, None, self.eps, centered=False, impl="plain").movedim(-1, 1)
+
+        return position_norm(x, definition, 1, self.eps, centered=False, impl=impl)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, eps={self.eps}"

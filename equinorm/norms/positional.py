@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from equinorm.core.base import check_count, check_eps, check_floating
+from equinorm.core.position import position_norm
+from equinorm.core.row import row_norm
 from equinorm.facts import Facts, Paper
-from equinorm.kernels import reference
+from equinorm.kernels import Impl, reference
 
 
 class PositionalNorm(nn.Module):
@@ -75,17 +77,24 @@ class PositionalNorm(nn.Module):
         """Positional norm for any number of channels that returns its output alone."""
         return cls(return_moments=return_moments, **options)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, *, impl: Impl = "auto") -> Tensor | tuple[Tensor, Tensor, Tensor]:
         check_floating(self, x)
         if x.ndim < 2:
             raise ValueError(f"PositionalNorm: the input must have shape (N, C, *spatial), got {tuple(x.shape)}")
-        channels = x.shape[1]
-        if self.unbiased and channels < 2:
+        if self.unbiased and x.shape[1] < 2:
             raise ValueError("PositionalNorm: an unbiased variance over the channels needs at least two, got one; use unbiased=False")
+        if self.return_moments or self.unbiased:
+            y, mean, std = self._standardized(x)
+            return (y, mean, std) if self.return_moments else y
+        rows = x.movedim(1, -1)
+        if rows.is_contiguous():
+            return row_norm(rows, 1, None, None, self.eps, impl=impl).movedim(-1, 1)
+        return position_norm(x, lambda x: self._standardized(x)[0], 1, self.eps, centered=True, impl=impl)
+
+    def _standardized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, var, _ = reference.moments(x, (1,))  # (N, 1, *S)
-        std = (var * (channels / (channels - 1) if self.unbiased else 1) + self.eps).sqrt()
-        y = reference.affine(x, mean, 1 / std, mean.new_zeros(()))
-        return (y, mean.to(x.dtype), std.to(x.dtype)) if self.return_moments else y
+        std = (var * (x.shape[1] / (x.shape[1] - 1) if self.unbiased else 1) + self.eps).sqrt()
+        return reference.affine(x, mean, 1 / std, mean.new_zeros(())), mean.to(x.dtype), std.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}" + ", unbiased=True" * self.unbiased + ", return_moments=False" * (not self.return_moments)

@@ -13,6 +13,7 @@ from equinorm.core.base import ChannelNorm, check_count, check_floating, check_f
 from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.controlled import controlled_norm
 from equinorm.core.measure import measure
+from equinorm.core.position import position_norm
 from equinorm.core.running import RunningState, recomputing, some
 from equinorm.core.sync import gather
 from equinorm.facts import Facts, Paper
@@ -175,7 +176,8 @@ class PowerNorm(RunningState, ChannelNorm):
             mask = canonical_mask(data, mask.movedim(dim, 1) if mask.ndim == x.ndim else mask)
         if self.num_groups is not None:  # two divisions, one rounding
             data = wide(data) if mask is None else torch.where(mask, wide(data), 0.0)
-            data = group_scaling(data, self.num_groups, self.eps)
+            groups, eps = self.num_groups, self.eps
+            data = position_norm(data, lambda x: group_scaling(x, groups, eps), groups, eps, centered=False, impl=impl)
         if not self.learning:
             phi = self.running_phi.to(small_dtype(x), copy=True).unsqueeze(0)
             estimate = Moments(torch.zeros_like(phi), phi, 1)

@@ -105,3 +105,14 @@ def test_what_is_masked_is_like_what_lies_beyond_the_border():
     x = torch.randn(1, 2, 6)
     mask = torch.tensor([[True] * 4 + [False] * 2])
     assert torch.equal(norm(torch.where(mask, x, torch.nan), mask=mask)[..., :4], norm(x[..., :4]))
+
+
+def test_blocks_of_samples_equal_the_whole(monkeypatch):
+    monkeypatch.setattr("equinorm.norms.local_response.BLOCK", 100)
+    norm, x = equinorm.LocalResponseNorm(4, alpha=0.7), torch.randn(7, 8, 5, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn_like(x)
+    with equinorm.plain():
+        want = norm(x)
+    y = norm(x)
+    assert_close(y, want)
+    assert_close(*(torch.autograd.grad(t, x, dy)[0] for t in (y, want)), label="gradient")
