@@ -157,8 +157,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[5:]
+        x, *tensors = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
+        dtype, wanted = x.dtype, ctx.needs_input_grad[5:]
         if torch.is_grad_enabled():
             return (None,) * 5 + _recorded(ctx, x, tensors, wanted, dy)
         moments, leaves, affine = ctx.small
@@ -191,7 +191,7 @@ class _Fused(torch.autograd.Function):
                 slope = zero if to_var is None else to_var * (2 / count)
                 offset = zero if to_mean is None else to_mean / count
                 dx = kernels.backward(dy, x, moments.mean.detach() if moments else center, scale, slope, offset, *activated)
-            dx = dx.to(ctx.saved_tensors[0].dtype)
+            dx = dx.to(dtype)
         return (None, None, None, None, None, dx, *(t if t is None else grads.get(id(t)) for t in leaves))
 
 
