@@ -39,7 +39,7 @@ def lsuv(
 
     Args:
         model: any module, run in the mode that it is in. A compiled or wrapped model: give the original.
-        batch: what the model is called with: a tuple as positional arguments, a mapping as keywords, anything else as the one argument.
+        batch: what the model is called with: positional arguments (tuple, list), keywords (mapping), or the one argument (anything else).
         forward: ``forward(model, batch)`` runs the model, where that does not fit.
         layers: modules to scale; None takes all linear and convolution layers that are called.
         orthonormal: start from orthonormal weights and bias 0, as in the paper; False scales the weights that are there.
@@ -132,7 +132,7 @@ def _call(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Mapping):
         model(**batch)
     else:
-        model(*batch) if isinstance(batch, tuple) else model(batch)
+        model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 @contextmanager

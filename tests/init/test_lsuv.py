@@ -64,15 +64,16 @@ def test_arguments_come_as_tuple_or_by_a_function():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Bilinear(2, 2, 2), nn.Linear(4, 4)
-            self.linear = self.layer[1]
+            self.linear = nn.Linear(4, 4)
 
         def forward(self, a, b):
             return self.linear(a * b)
 
     model, a, b = Two(), torch.randn(64, 4), torch.randn(64, 4)
-    lsuv(model, (a, b))
-    assert outputs(model, a, b) == pytest.approx([1], abs=0.01)
+    for batch in ((a, b), [a, b]):
+        nn.init.constant_(model.linear.weight, 5.0)
+        lsuv(model, batch)
+        assert outputs(model, a, b) == pytest.approx([1], abs=0.01)
     lsuv(model, {"left": a, "right": 9 * b}, forward=lambda m, batch: m(batch["left"], batch["right"]))
     assert outputs(model, a, 9 * b) == pytest.approx([1], abs=0.01)
 
