@@ -351,6 +351,17 @@ def named(name: str, parameter: float | None = None) -> Activation:
     return _named[name, parameter]
 
 
+def as_module(name: str, parameter: float | None = None) -> nn.Module:
+    """The module of torch.nn that computes the activation of :func:`named`."""
+    if name == "gelu_tanh":
+        return nn.GELU("tanh")
+    if name == "relu6":
+        return nn.ReLU6()
+    builder = TABLE[name]
+    module = next(module for module, build in MODULES.items() if build is builder)
+    return module() if parameter is None else module(parameter)
+
+
 def find(activation: str | nn.Module | Callable[[Tensor], Any]) -> Activation:
     """The activation of a name, a module or any elementwise function.
 

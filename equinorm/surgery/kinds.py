@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from equinorm.facts import Facts
+from equinorm.kernels.activations import PARAMETRIC, as_module
 from equinorm.surgery.layout import MovedChannels
 from equinorm.surgery.places import places, plain_class, within
 
@@ -213,10 +214,10 @@ def view(module: nn.Module) -> Any:
 def _without_activation(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
     """The module without what it applies after normalizing, sharing its tensors; and what that is."""
     if isinstance(name := getattr(module, "activation", None), str) and name != "identity" and hasattr(module, "activation_param"):
-        made = {"leaky_relu": nn.LeakyReLU, "elu": nn.ELU}[name](module.activation_param)
+        parameter = module.activation_param if name in PARAMETRIC else None
         bare = view(module)
-        bare.activation = "identity"
-        return bare, (made,)
+        bare.activation, bare.activation_param = "identity", None
+        return bare, (as_module(name, parameter),)
     fused = [name for name in FUSED if isinstance(module._modules.get(name), nn.Module)]
     if not fused:
         return module, ()

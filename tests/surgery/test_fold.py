@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import equinorm
+from equinorm.kernels import activations
 from equinorm.surgery import fold
 from tests.surgery import networks
 from tests.surgery.networks import stir
@@ -132,6 +133,17 @@ def test_other_norms_with_estimates(name):
     before = outputs(model, IMAGE)
     assert fold(model, IMAGE).error < BOUND
     assert isinstance(model[1], nn.Identity)
+    assert worst(before, outputs(model, IMAGE)) < BOUND
+
+
+@pytest.mark.parametrize("activation", [name for name in activations.TABLE if name != "rrelu"])
+def test_an_activation_that_follows_the_norm_stays(activation):
+    parameter = 0.3 if activation in activations.PARAMETRIC else None
+    norm = equinorm.BatchNorm(6, activation=activation, activation_param=parameter)
+    model = stir(nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Conv2d(6, 2, 1)))
+    before = outputs(model, IMAGE)
+    assert fold(model, IMAGE).error < BOUND
+    assert norms_left(model) == 0
     assert worst(before, outputs(model, IMAGE)) < BOUND
 
 
