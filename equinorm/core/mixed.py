@@ -106,9 +106,10 @@ class _Block(NamedTuple):
         out.addcmul_(self.centred(held), expected(scale, self.p))
 
 
-def _blocks(x: Tensor, p: Tensor, *others: Tensor) -> Iterator[tuple[_Block, ...]]:
+def _blocks(x: Tensor, p: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
     """Blocks of ``x``, each with the same samples of ``others``, which are shaped like it."""
-    data, p, *others = (columns(t) for t in (x, p, *others))
+    data, p = columns(x), columns(p)
+    views = [columns(t) for t in others]
     if not data.numel():
         return  # an empty batch takes part in every exchange all the same
     step = max(BLOCK // data[0].numel(), 1)
@@ -116,7 +117,7 @@ def _blocks(x: Tensor, p: Tensor, *others: Tensor) -> Iterator[tuple[_Block, ...
         part = p[i : i + step]
         own = torch.zeros_like(part).scatter_(1, part.argmax(1, keepdim=True), 1.0)
         cross = (own.unsqueeze(2) * part.unsqueeze(1)).flatten(1, 2)
-        yield (_Block(data[i : i + step], part, own, cross), *(t[i : i + step] for t in others))
+        yield (_Block(data[i : i + step], part, own, cross), *(t[i : i + step] for t in views))
 
 
 def _sums(t: Tensor, by: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ class EvoNormB(RunningState, ChannelNorm):
             raise ValueError(f"EvoNormB: variant must be one of {', '.join(get_args(Variant))}, got {variant!r}; EvoNormS has the others")
         if keep_norm and apply_act:
             raise ValueError("EvoNormB: keep_norm says what apply_act=False leaves over; with apply_act=True the norm is always kept")
-        self.variant, self.momentum, self.apply_act, self.keep_norm = variant, momentum, apply_act, keep_norm
+        self.variant: Variant = variant
+        self.momentum, self.apply_act, self.keep_norm = momentum, apply_act, keep_norm
         self.process_group = process_group
         wanted = variant == "B0" and apply_act
         self.register_parameter("v", nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None)
@@ -170,7 +171,9 @@ class EvoNormB(RunningState, ChannelNorm):
                 m: Moments, weight: Tensor | None, bias: Tensor | None, v: Tensor | None
             ) -> tuple[tuple[Tensor, ...], Moments | None]:
                 pooled = m.over_batch(self.process_group) if estimate is None else None
-                s = ((estimate if pooled is None else pooled.var) + self.eps).sqrt()
+                var = estimate if pooled is None else pooled.var
+                assert var is not None
+                s = (var + self.eps).sqrt()
                 slope, offset = other(m, v, self.variant, self.eps)
                 one, zero = m.mean.new_ones(1, 1), m.mean.new_zeros(1, 1)
                 return (s, slope, offset, one if weight is None else weight[None], zero if bias is None else bias[None]), pooled

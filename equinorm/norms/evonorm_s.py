@@ -132,7 +132,8 @@ class EvoNormS(ChannelNorm):
             raise ValueError(f"EvoNormS: variant must be one of {', '.join(get_args(Variant))}, got {variant!r}; EvoNormB has the others")
         if keep_norm and apply_act:
             raise ValueError("EvoNormS: keep_norm says what apply_act=False leaves over; with apply_act=True the norm is always kept")
-        self.groups, self.variant, self.apply_act, self.keep_norm = groups, variant, apply_act, keep_norm
+        self.variant: Variant = variant
+        self.groups, self.apply_act, self.keep_norm = groups, apply_act, keep_norm
         wanted = variant == "S0" and apply_act
         self.register_parameter("v", nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None)
         self.reset_parameters()

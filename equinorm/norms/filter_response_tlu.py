@@ -108,8 +108,10 @@ class FilterResponseNormTLU(nn.Module):
         mask = None if mask is None else canonical_mask(x, mask)
         norm = self.norm
 
-        def rule(m: Moments, tau: Tensor, *tensors: Tensor | None) -> tuple[tuple[Tensor, ...], None]:
-            _, scale, shift = split(filter_response(m, *tensors, norm.eps))[0]  # it does not centre
+        def rule(
+            m: Moments, tau: Tensor, weight: Tensor | None, bias: Tensor | None, eps_l: Tensor | None
+        ) -> tuple[tuple[Tensor, ...], None]:
+            _, scale, shift = split(filter_response(m, weight, bias, eps_l, norm.eps))[0]  # it does not centre
             return (scale, shift, tau.unsqueeze(0)), None
 
         return pointwise_norm(x, rule, THRESHOLDED, self.tlu.tau, norm.weight, norm.bias, norm.eps_l, mask=mask, impl=impl)[0]
