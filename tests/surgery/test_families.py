@@ -157,6 +157,9 @@ def test_recalibrate_freeze_and_sync(name):
         if isinstance(module, nn.Dropout):
             module.eval()
     assert worst(before, outputs(model, example)) == 0
+    # Estimates measured on noise magnify a model's own rounding, so ours is compared with that, not with its result.
+    wide = example.double() if isinstance(example, Tensor) else {key: value.double() for key, value in example.items()}
+    exact = outputs(copy.deepcopy(model).double(), wide)
     sync(model)
     assert any(isinstance(module, equinorm.SyncBatchNorm) and module.frozen for module in model.modules())
-    assert worst(before, outputs(model.eval(), example)) < BOUND
+    assert worst(exact, outputs(model.eval(), example)) < max(BOUND, 2 * worst(exact, before))
