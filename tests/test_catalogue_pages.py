@@ -40,7 +40,7 @@ def test_every_page_quotes_what_is_computed(name, pages):
     [
         ("batch", "    return normalize(pooled, weight, bias, eps), pooled"),
         ("sync_batch", "def forward("),  # its own; the rule is batch norm's
-        ("dynamic_tanh", "    return torch.tanh(self.alpha.to(x.dtype) * x)"),
+        ("dynamic_tanh", "    return torch.tanh(alpha * x) * weight + bias"),
         ("decorrelated_batch", "def zca("),
         ("weight_standardization", "def standardized("),
         ("mp_sum", "def mp_sum("),

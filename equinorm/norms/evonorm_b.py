@@ -30,7 +30,8 @@ def other(m: Moments, v: Tensor | None, variant: Variant, eps: float) -> tuple[T
     return (q, q) if variant == "B1" else (-q.new_ones(1, 1), q)
 
 
-def _quotient(x: Tensor, s: Tensor, slope: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def quotient_of(x: Tensor, s: Tensor, slope: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """X over the larger of both, with weight and bias."""
     return x / torch.maximum(s, x * slope + offset) * weight + bias
 
 
@@ -47,7 +48,7 @@ def _pull(
     return dx, (to_divisor.sub_(to_rising), to_rising * x, to_rising, quotient.mul_(dy), dy)
 
 
-QUOTIENT = Point(_quotient, _pull)
+QUOTIENT = Point(quotient_of, _pull)
 
 
 class EvoNormB(RunningState, ChannelNorm):

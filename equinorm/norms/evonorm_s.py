@@ -23,7 +23,8 @@ def reciprocal(group: Moments, variant: Variant, eps: float) -> Tensor:
     return ((group.var + group.mean.square() if variant == "S2" else group.var) + eps).rsqrt()
 
 
-def _swish(x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def gated(x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Swish of x, with the reciprocal deviation and weight as scale."""
     return x * (x * v).sigmoid() * scale + shift
 
 
@@ -36,7 +37,7 @@ def _pull(dy: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> tup
     return bend.mul_(v).add_(gate).mul_(to_swish), (to_v, swish.mul_(dy), dy)
 
 
-SWISH = Point(_swish, _pull)
+SWISH = Point(gated, _pull)
 
 
 class EvoNormS(ChannelNorm):

@@ -17,7 +17,8 @@ from equinorm.norms.filter_response import PAPER, FilterResponseNorm, filter_res
 from equinorm.norms.thresholded_linear import TLU
 
 
-def _thresholded(x: Tensor, scale: Tensor, shift: Tensor, tau: Tensor) -> Tensor:
+def thresholded(x: Tensor, scale: Tensor, shift: Tensor, tau: Tensor) -> Tensor:
+    """The larger of the normalized value and the threshold."""
     return torch.maximum(x * scale + shift, tau)
 
 
@@ -26,7 +27,7 @@ def _pull(dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, tau: Tensor) -> t
     return to_affine * scale, (to_affine * x, to_affine, dy - to_affine)
 
 
-THRESHOLDED = Point(_thresholded, _pull)
+THRESHOLDED = Point(thresholded, _pull)
 
 
 class FilterResponseNormTLU(nn.Module):

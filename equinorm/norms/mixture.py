@@ -64,12 +64,12 @@ class Points(NamedTuple):
     def of(cls, x: Tensor, frame: Moments) -> Points:
         """``x`` (..., C, M) in the coordinates of ``frame``; what is not finite lies at the origin."""
         values = (x - frame.mean.to(x.dtype).T).to(frame.mean.dtype).div_(_deviation(frame).T)
-        if blocking(x) or not values.sum().isfinite():
+        if _blocking(x) or not values.sum().isfinite():
             values = torch.where(values.isfinite(), values, 0.0)
         return cls(values, values.square())
 
 
-def blocking(x: Tensor) -> bool:
+def _blocking(x: Tensor) -> bool:
     """Whether asking a tensor for its value would wait for a device, or cannot be asked at all."""
     return x.device.type != "cpu" or observed(x)
 
@@ -275,7 +275,7 @@ class MixtureNorm(RunningState, ChannelNorm):
             if mask is not None:
                 weights = weights * columns(mask).expand(n, 1, length)[at][:, 0]
             responsible, fresh = posterior(sample, mixture), ~initialized | self._collapsed(running)
-            if blocking(data) or fresh:
+            if _blocking(data) or fresh:
                 responsible = torch.where(fresh, seed(sample.values, weights, self.num_components, group), responsible)
             for step in range(self.em_steps):
                 mixture = maximize(sample, responsible * weights, group)

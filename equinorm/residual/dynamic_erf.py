@@ -13,7 +13,8 @@ from equinorm.facts import Facts, Paper
 from equinorm.residual.bounded import Bounded
 
 
-def _erf(x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def scaled_erf(x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The rule."""
     return torch.erf(alpha * x + shift) * weight + bias
 
 
@@ -24,7 +25,7 @@ def _pull(dy: Tensor, x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor, b
     return inside * alpha, (inside * x, inside, bounded.mul_(dy), dy)
 
 
-ERF = Point(_erf, _pull)
+ERF = Point(scaled_erf, _pull)
 
 
 class DynamicErf(Bounded):

@@ -12,7 +12,8 @@ from equinorm.facts import Facts, Paper
 from equinorm.residual.bounded import Bounded
 
 
-def _tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def scaled_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The rule."""
     return torch.tanh(alpha * x) * weight + bias
 
 
@@ -22,7 +23,7 @@ def _pull(dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) ->
     return inside * alpha, (inside * x, bounded.mul_(dy), dy)
 
 
-TANH = Point(_tanh, _pull)
+TANH = Point(scaled_tanh, _pull)
 
 
 class DynamicTanh(Bounded):
