@@ -70,6 +70,15 @@ def test_pins_are_what_pyproject_allows_and_what_is_installed():
         assert version(name).partition("+")[0] == pinned, f"{name} {version(name)} is installed, {pinned} is pinned; run ./dev setup"
 
 
+# Imported only where the user's own program or PyTorch has brought them, and to serve them.
+USERS = {
+    "lightning": "the callback for its Trainer",
+    "pytorch_lightning": "the same under its older name",
+    "transformers": "the callback for its Trainer",
+    "triton": "kernels for CUDA; builds of PyTorch for CUDA bring it",
+}
+
+
 def test_every_package_that_the_code_imports_is_declared():
     """A package that is there only because another one needs it may be gone with that one's next release."""
     extras = PROJECT["project"]["optional-dependencies"]
@@ -80,7 +89,7 @@ def test_every_package_that_the_code_imports_is_declared():
         nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
-        for top in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"equinorm"}:
+        for top in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"equinorm", *USERS}:
             owners = {canonicalize_name(owner) for owner in brought_by.get(top, [top])}
             assert owners & declared, (
                 f"{path.relative_to(ROOT)} imports {top} ({', '.join(sorted(owners))}), which pyproject.toml does not declare"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -48,6 +49,9 @@ def test_every_command_named_exists(page):
             package, _, extra = arguments[1].rstrip("]").partition("[")
             assert package == "equinorm"
             assert not extra or extra in extras, f"{page.name} names the extra {extra!r}; there are {sorted(extras)}"
+        elif program == "python":
+            assert arguments[0] == "-m"
+            assert importlib.util.find_spec(arguments[1]), f"{page.name} names the module {arguments[1]}, which does not exist"
         else:
             assert program == "equinorm", f"{page.name} names {program!r}; teach this test to check it"
 
