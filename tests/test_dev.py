@@ -41,7 +41,8 @@ def direct() -> dict[str, Requirement]:
 def test_help_needs_no_package_and_names_every_command():
     result = dev("--help")
     assert result.returncode == 0, result.stderr
-    for command in ("setup", "demo", "test", "lint", "format", "types", "docs", "bench", "torture", "agreement", "trains", "diagnose", "ci"):
+    every = ("setup", "demo", "test", "lint", "format", "types", "docs", "bench", "torture", "agreement", "trains", "diagnose", "ci")
+    for command in every:
         assert re.search(rf"^  {command} +\w", result.stdout, re.MULTILINE), f"no help for {command}:\n{result.stdout}"
     assert dev().stdout == result.stdout
 

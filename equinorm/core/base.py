@@ -97,7 +97,7 @@ def check_batch(module: nn.Module, x: Tensor) -> None:
         )
 
 
-def set_activation(module: nn.Module, activation: str | None, parameter: float | None) -> None:
+def set_activation(module: Any, activation: str | None, parameter: float | None) -> None:
     """Keep what follows the norm, as two plain attributes.
 
     Raises:

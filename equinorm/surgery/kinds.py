@@ -214,7 +214,7 @@ def view(module: nn.Module) -> Any:
 def _without_activation(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
     """The module without what it applies after normalizing, sharing its tensors; and what that is."""
     if isinstance(name := getattr(module, "activation", None), str) and name != "identity" and hasattr(module, "activation_param"):
-        parameter = module.activation_param if name in PARAMETRIC else None
+        parameter: Any = module.activation_param if name in PARAMETRIC else None
         bare = view(module)
         bare.activation, bare.activation_param = "identity", None
         return bare, (as_module(name, parameter),)
