@@ -19,7 +19,15 @@ author = "The equinorm developers"
 copyright = f"{date.today().year}, {author}"  # noqa: A001 - Sphinx's name
 version = release = equinorm.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue_pages", "performance_tables", "probe_tables"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "catalogue_pages",
+    "performance_tables",
+    "probe_tables",
+    "executed",
+]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 

@@ -46,12 +46,11 @@ def delta_orthogonal_(layer: nn.Module, activation: What = "identity", *, genera
     r"""A convolution that is 0 except at the centre of its kernel, where it is an orthogonal map: it keeps lengths exactly; bias 0.
 
     Formula:
-        W[:, :, centre] = gain Q,  Q^T Q = 1,  W = 0 elsewhere;  hence |W * x| = gain |x|
+        W[:, :, centre] = gain Q,  Q^T Q = 1,  W = 0 elsewhere;  hence \|W * x\| = gain \|x\|
 
     Use it when: a convolutional network without norms and skips is to be very deep.
     Not when: the layer has fewer outputs than inputs: no map keeps all lengths then.
-    Known trouble: a layer that widens keeps the length of the whole, so that the mean square per channel falls by in / out. A stride s
-        looks at one position in s^d.
+    Known trouble: where a layer widens, the mean square per channel falls by in / out; a stride s looks at one position in s^d.
 
     Args:
         layer: linear, convolution or transposed convolution with at least as many outputs as inputs, in each group.
