@@ -51,11 +51,11 @@ class Run(Executed):
     """Show code, run it, and show what it printed."""
 
     def run(self) -> list[nodes.Node]:
-        output = self.execute()
+        output = self.execute().rstrip()
         code = "\n".join(self.content)
         shown: list[nodes.Node] = [nodes.literal_block(code, code, language="python")]
         if output:
-            shown.append(nodes.literal_block(output, output.rstrip(), language="text", classes=["printed"]))
+            shown.append(nodes.literal_block(output, output, language="text", classes=["printed"]))
         return shown
 
 
