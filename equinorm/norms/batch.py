@@ -21,6 +21,7 @@ from equinorm.core.base import (
 )
 from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.running import RunningMoments
+from equinorm.core.sync import capturing, partners, refusing_together
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl
 
@@ -32,6 +33,35 @@ def batch(x: Moments, weight: Tensor | None, bias: Tensor | None, eps: float, gr
     """One mean and variance per channel, over all samples and positions (and processes)."""
     pooled = x.over_batch(group)  # (1, C)
     return normalize(pooled, weight, bias, eps), pooled
+
+
+def batch_norm(module: Any, x: Tensor, mask: Tensor | None, impl: Impl, group: Group) -> Tensor:
+    """The forward of a module with batch norm's attributes, pooled over ``group`` in training."""
+    estimated = not module.learning and module.running_mean is not None
+    group = None if estimated or not module.training else group
+    with refusing_together(group, x.device):
+        check_channels(module, x, module.num_features)
+        mask = None if mask is None else canonical_mask(x, mask)
+    options: dict[str, Any] = {"mask": mask, "impl": impl, "then": following(module)}
+    if estimated:
+        estimate = module.estimate()
+        return channel_norm(x, lambda _, w, b: normalize(estimate, w, b, module.eps), module.weight, module.bias, per=None, **options)[0]
+    if module.training and mask is None and partners(group) is None:
+        check_batch(module, x)
+
+    def pooled(moments: Moments, weight: Tensor | None, bias: Tensor | None) -> tuple[Affine, Moments]:
+        return batch(moments, weight, bias, module.eps, group)
+
+    y, seen = channel_norm(x, pooled, module.weight, module.bias, per="batch", **options)
+    assert seen is not None
+    if partners(group) is not None and not capturing(x) and int(seen.count) == 1:
+        raise ValueError(
+            f"{type(module).__name__}: training needs more than one value per channel over all processes to have a variance, got one "
+            f"(shape {tuple(x.shape)} on this process); use larger batches, eval(), or a norm within the sample such as GroupNorm"
+        )
+    if module.learning:
+        module.learn(seen)
+    return y
 
 
 class BatchNorm(RunningMoments, _BatchNorm):
@@ -143,31 +173,7 @@ class BatchNorm(RunningMoments, _BatchNorm):
         return cls(channels, **options)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
-        check_channels(self, x, self.num_features)
-        mask = None if mask is None else canonical_mask(x, mask)
-        if not self.learning and self.running_mean is not None:
-            estimate = self.estimate()
-            return channel_norm(
-                x,
-                lambda _, w, b: normalize(estimate, w, b, self.eps),
-                self.weight,
-                self.bias,
-                per=None,
-                mask=mask,
-                impl=impl,
-                then=following(self),
-            )[0]
-        if self.training and self.process_group is None and mask is None:
-            check_batch(self, x)
-        group = self.process_group if self.training else None
-
-        def rule(moments: Moments, weight: Tensor | None, bias: Tensor | None) -> tuple[Affine, Moments]:
-            return batch(moments, weight, bias, self.eps, group)
-
-        y, seen = channel_norm(x, rule, self.weight, self.bias, per="batch", mask=mask, impl=impl, then=following(self))
-        if self.learning and seen is not None:
-            self.learn(seen)
-        return y
+        return batch_norm(self, x, mask, impl, self.process_group)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + shown_activation(self)

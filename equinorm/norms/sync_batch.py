@@ -9,24 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from equinorm.core import Affine, Moments, normalize
 from equinorm.core.base import (
-    check_batch,
-    check_channels,
     check_count,
     check_eps,
     check_momentum,
-    following,
     set_activation,
     shown_activation,
 )
-from equinorm.core.channel import canonical_mask, channel_norm
 from equinorm.core.running import RunningMoments
-from equinorm.core.sync import capturing, partners, refusing_together
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl
 from equinorm.kernels.reference import wide
-from equinorm.norms.batch import BatchNorm, batch
+from equinorm.norms.batch import BatchNorm, batch_norm
 
 if TYPE_CHECKING:
     from equinorm.core.sync import Group
@@ -212,39 +206,7 @@ class SyncBatchNorm(RunningMoments, _BatchNorm):
         return cls(channels, **options)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
-        estimated = not self.learning and self.running_mean is not None
-        group = None if estimated or not self.training else self.process_group or "world"
-        with refusing_together(group, x.device):
-            check_channels(self, x, self.num_features)
-            mask = None if mask is None else canonical_mask(x, mask)
-        if estimated:
-            estimate = self.estimate()
-            return channel_norm(
-                x,
-                lambda _, w, b: normalize(estimate, w, b, self.eps),
-                self.weight,
-                self.bias,
-                per=None,
-                mask=mask,
-                impl=impl,
-                then=following(self),
-            )[0]
-        if self.training and mask is None and partners(group) is None:
-            check_batch(self, x)
-
-        def rule(moments: Moments, weight: Tensor | None, bias: Tensor | None) -> tuple[Affine, Moments]:
-            return batch(moments, weight, bias, self.eps, group)
-
-        y, seen = channel_norm(x, rule, self.weight, self.bias, per="batch", mask=mask, impl=impl, then=following(self))
-        assert seen is not None
-        if partners(group) is not None and not capturing(x) and int(seen.count) == 1:
-            raise ValueError(
-                f"SyncBatchNorm: training needs more than one value per channel over all processes to have a variance, got one (shape "
-                f"{tuple(x.shape)} on this process); use larger batches, eval(), or a norm within the sample such as GroupNorm"
-            )
-        if self.learning:
-            self.learn(seen)
-        return y
+        return batch_norm(self, x, mask, impl, self.process_group or "world")
 
     def extra_repr(self) -> str:
         return super().extra_repr() + shown_activation(self)

@@ -66,12 +66,15 @@ def _scenarios(rank):
     results["nobody has data"] = two_steps(make(), x[:0], dy[:0])
     if rank == 0:  # evaluation asks nobody
         results["evaluation"] = make().eval()(x)
+    pooled = equinorm.BatchNorm(CHANNELS, process_group="world").double()
     lone = x[:1, :, :1, :1] if rank == 1 else x[:0, :, :1, :1]
     faults = {
         "one value": lambda: make()(lone),
         "channels": lambda: equinorm.SyncBatchNorm((4, 6, 6)[rank])(torch.randn(2, (4, 6, 6)[rank], 3)),
         "bad input": lambda: make()(torch.randn(2, (CHANNELS, CHANNELS, 9)[rank], 3).double()),
         "gradient": lambda: make()(x.clone().requires_grad_(rank == 0)),
+        "one value, batch norm": lambda: pooled(lone),
+        "bad input, batch norm": lambda: pooled(torch.randn(2, (CHANNELS, CHANNELS, 9)[rank], 3).double()),
     }
     results["faults"] = {name: refused(fault) for name, fault in faults.items()}
     group = [torch.distributed.new_group(ranks) for ranks in ([0, 1], [2])][rank // 2]
@@ -151,13 +154,15 @@ def test_faults_are_errors_on_every_rank_soon(ranks):
             assert seconds < 5, f"{name} took {seconds:.1f} s: {message}"
     said = [{name: fault[:2] for name, fault in rank["faults"].items()} for rank in ranks]
     for rank in said:
-        kind, message = rank["one value"]
-        assert kind == "ValueError"
-        assert "more than one value per channel over all processes" in message
+        for case in ("one value", "one value, batch norm"):
+            kind, message = rank[case]
+            assert kind == "ValueError"
+            assert "more than one value per channel over all processes" in message
         assert "channels [4, 6, 6]" in rank["channels"][1]
         assert "gradient [1, 0, 0]" in rank["gradient"][1]
-    assert "got (2, 9, 3)" in said[2]["bad input"][1]
-    assert all("refused inputs [0, 0, 1]" in rank["bad input"][1] for rank in said[:2])
+    for case in ("bad input", "bad input, batch norm"):
+        assert "got (2, 9, 3)" in said[2][case][1]
+        assert all("refused inputs [0, 0, 1]" in rank[case][1] for rank in said[:2])
 
 
 def test_one_process_is_batch_norm():
