@@ -37,7 +37,7 @@ class Executed(SphinxDirective):
             torch.manual_seed(0)
             pages["executed"] = {"__name__": self.env.docname}
         source, line = self.get_source_info()
-        code = compile("\n" * (line - 1 + self.content_offset - self.lineno + 1) + "\n".join(self.content), source, "exec")
+        code = compile("\n" * line + "\n".join(self.content), source, "exec")  # the first line of code is the one behind the fence
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
