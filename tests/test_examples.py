@@ -26,12 +26,11 @@ def test_batch_norm_at_batch_size_two():
     assert row["normalized by batches of two"] < right - 10
     assert row["batch norm swapped for group norm"] > row["normalized by batches of two"] + 10
     assert row["the recalibrated model, folded"] == right
-    for rate in ("0.0004", "0.001"):
-        assert row[f"batch norm trained on by twos, rate {rate}"] < right
+    assert row["batch norm trained on by twos, rate 0.001"] < right - 2
     assert row["group norm trained on by twos, rate 0.001"] > row["batch norm trained on by twos, rate 0.001"]
 
     said = dict(zip(("drift", "cured", "small", "alone"), blocks(told), strict=True))
-    assert "The running statistics of '12' are not those of this batch" in said["drift"]
+    assert "The running statistics of '" in said["drift"]
     assert said["cured"] == said["alone"] == "nothing"
     assert said["small"].startswith("[severe] '12' takes each statistic over 2 values")
 
