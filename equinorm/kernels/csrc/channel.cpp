@@ -351,16 +351,45 @@ bool one_for_all(const Small (&small)[P]) {
   return std::all_of(small, small + P, [](const Small& t) { return t.step == 0; });
 }
 
+// The parameters of runs of one channel. Those that serve many runs are narrowed once: on short runs that costs as much as the map.
+template <class Map, class T>
+class RunParameters {
+ public:
+  RunParameters(const Small (&small)[Map::kParameters], Shape shape) : small_(small) {
+    if (!in_float<T> || shape.n == 1 || !one_for_all(small)) return;
+    narrowed_.resize(shape.c);
+    for (int64_t j = 0; j < shape.c; ++j) narrowed_[j].fit = fit_floats<Map>(at(small, 0, j).data(), narrowed_[j].cut);
+  }
+
+  void apply(const T* x, const T* dy, T* out, int64_t count, int64_t i, int64_t j, To to) const {
+    if constexpr (in_float<T>)
+      if (!narrowed_.empty() && narrowed_[j].fit && count >= lanes<Floats>)
+        return apply_fixed<Map, Floats>(x, dy, out, count, narrowed_[j].cut, to);
+    apply_run<Map>(x, dy, out, count, at(small_, i, j).data(), to);
+  }
+
+ private:
+  struct Narrowed {
+    float cut[Map::kParameters];
+    bool fit;
+  };
+  const Small (&small_)[Map::kParameters];
+  std::vector<Narrowed> narrowed_;
+};
+
 }  // namespace
 
 template <class T>
 void channel_affine(const T* x, Activated map, T* y, Shape shape) {
   const Small small[] = {map.center, map.scale, map.shift};
   const To to = destination(shape.n * shape.c * shape.s * sizeof(T));
-  if (!shape.channels_last)
+  if (!shape.channels_last) {
+    const RunParameters<AffineMap, T> parameters(small, shape);
     return for_runs(shape, 1, [&](int64_t from, int64_t count, int64_t i, int64_t j) {
-      activate_run(map.f, x + from, y + from, count, at(small, i, j).data(), to);
+      if (map.f) return activate_run(map.f, x + from, y + from, count, at(small, i, j).data(), to);
+      parameters.apply(x + from, x + from, y + from, count, i, j, to);
     });
+  }
   if (one_for_all(small)) shape.s *= shape.n, shape.n = 1;
   const Blocks blocks(shape.n, shape.s, shape.c);
   parallel(blocks.count, blocks.elements(), [&](int64_t begin, int64_t end) {
@@ -376,13 +405,16 @@ template <class T>
 void channel_backward(const T* dy, const T* x, Small center, Small scale, Small slope, Small offset, Activated map, T* dx, Shape shape) {
   const Small small[] = {center, scale, slope, offset}, affine[] = {map.center, map.scale, map.shift};
   const To to = destination(shape.n * shape.c * shape.s * sizeof(T));
-  if (!shape.channels_last)
+  if (!shape.channels_last) {
+    const RunParameters<BackwardMap, T> parameters(small, shape);
     return for_runs(shape, 2, [&](int64_t from, int64_t count, int64_t i, int64_t j) {
-      const auto before = map.f ? at(affine, i, j) : std::array<double, 3>{};
+      if (!map.f) return parameters.apply(x + from, dy + from, dx + from, count, i, j, to);
+      const auto before = at(affine, i, j);
       for_pulled(map.f, dy + from, x + from, count, before.data(), [&](int64_t k, int64_t n, const auto* g) {
         apply_run<BackwardMap>(x + from + k, g, dx + from + k, n, at(small, i, j).data(), to);
       });
     });
+  }
   if (one_for_all(small) && (!map.f || one_for_all(affine))) shape.s *= shape.n, shape.n = 1;
   const Blocks blocks(shape.n, shape.s, shape.c);
   parallel(blocks.count, 2 * blocks.elements(), [&](int64_t begin, int64_t end) {
