@@ -382,7 +382,7 @@ class RunParameters {
 template <class T>
 void channel_affine(const T* x, Activated map, T* y, Shape shape) {
   const Small small[] = {map.center, map.scale, map.shift};
-  const To to = destination(shape.n * shape.c * shape.s * sizeof(T));
+  const To to = destination(shape.n * shape.c * shape.s * sizeof(T), kMapAlone);
   if (!shape.channels_last) {
     const RunParameters<AffineMap, T> parameters(small, shape);
     return for_runs(shape, 1, [&](int64_t from, int64_t count, int64_t i, int64_t j) {
@@ -404,7 +404,7 @@ void channel_affine(const T* x, Activated map, T* y, Shape shape) {
 template <class T>
 void channel_backward(const T* dy, const T* x, Small center, Small scale, Small slope, Small offset, Activated map, T* dx, Shape shape) {
   const Small small[] = {center, scale, slope, offset}, affine[] = {map.center, map.scale, map.shift};
-  const To to = destination(shape.n * shape.c * shape.s * sizeof(T));
+  const To to = destination(shape.n * shape.c * shape.s * sizeof(T), kAlternating);
   if (!shape.channels_last) {
     const RunParameters<BackwardMap, T> parameters(small, shape);
     return for_runs(shape, 2, [&](int64_t from, int64_t count, int64_t i, int64_t j) {
@@ -563,7 +563,7 @@ void interleaved_forward(const T* x, const double* weight, const double* bias, A
                          double eps) {
   const int64_t k = shape.k, c = shape.groups * k, n = shape.rows / shape.groups, s = shape.s;
   const Blocks blocks(n, s, c);
-  const To to = destination(n * s * c * sizeof(T));
+  const To to = destination(n * s * c * sizeof(T), kAlternating);
   Buffer<double> means(blocks.count * c), squares(blocks.count * c), center(n * c), scale(n * c), shift(n * c);
   const Small small[] = {{center.data(), c}, {scale.data(), c}, {shift.data(), c}};
   std::vector<ColumnParameters<AffineMap, T>> parameters(n);
@@ -602,7 +602,7 @@ void interleaved_backward(const T* dy, const T* x, const double* weight, const d
                           const double* rstd, T* dx, double* dweight, double* dbias, Rows shape) {
   const int64_t k = shape.k, c = shape.groups * k, n = shape.rows / shape.groups, s = shape.s;
   const Blocks blocks(n, s, c);
-  const To to = destination(n * s * c * sizeof(T));
+  const To to = destination(n * s * c * sizeof(T), kAlternating);
   Buffer<double> first(blocks.count * c), second(blocks.count * c), sum_dy(n * c), sum_dy_h(n * c);
   Buffer<double> center(n * c), scale(n * c), shift(n * c), slope(n * c), offset(n * c);
   const Small affine[] = {{center.data(), c}, {scale.data(), c}, {shift.data(), c}};

@@ -75,9 +75,11 @@ void for_grid(int64_t begin, int64_t end, int64_t width, int64_t depth, const Wo
 // Where results go: to the caches, for whoever reads them next, or past them.
 enum class To { caches, memory };
 
-// Past them goes what could not be in the last level together with what it is computed from: nothing is lost by that, and the line that
-// is about to be overwritten need not be read first. Decides about speed only.
-To destination(int64_t bytes);
+// Past them goes what would take more than `share` of the last level: what it is computed from needs the rest, and the line that is about
+// to be overwritten need not be read first. A map alone reads and writes at once, which the caches do faster for as long as both fit.
+// Where reading and writing alternate, or two tensors are read, writing past them pays earlier. Decides about speed only.
+constexpr double kMapAlone = 0.75, kAlternating = 0.5;
+To destination(int64_t bytes, double share);
 
 // Whether vectors of V can be streamed there.
 template <class V, class T>

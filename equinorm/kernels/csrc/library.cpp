@@ -22,14 +22,14 @@ void run_parallel(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, v
   torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { task(begin, end, context); });
 }
 
-To destination(int64_t bytes) {
+To destination(int64_t bytes, double share) {
   // Linux tells what one group of cores shares; where nobody tells, what a server of the last ten years has.
   static const int64_t last_level = [] {
     int64_t kibibytes = 0;
     std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kibibytes;
     return kibibytes > 0 ? kibibytes << 10 : int64_t{32} << 20;
   }();
-  return bytes >= last_level / 2 ? To::memory : To::caches;
+  return bytes >= share * last_level ? To::memory : To::caches;
 }
 
 namespace {

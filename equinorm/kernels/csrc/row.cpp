@@ -109,7 +109,7 @@ void row_forward(const T* x, const double* weight, const double* bias, Activatio
   const auto length = [&](int64_t k) { return std::min(kSegment, shape.measured - k * kSegment); };
   Buffer<double> means(shape.rows * segments), squares(shape.rows * segments);
   const bool columns = shape.s == 1 && weight;
-  const To to = destination(shape.rows * shape.length() * sizeof(T));
+  const To to = destination(shape.rows * shape.length() * sizeof(T), kAlternating);
   const ParameterRow w(columns ? weight : nullptr, shape.parameters(), in_float<T>);
   const ParameterRow b(columns ? bias : nullptr, shape.parameters(), in_float<T>);
 
@@ -169,7 +169,7 @@ void backward_channels(const T* dy, const T* x, const double* weight, const doub
   const int64_t parameters = shape.parameters(), count = static_cast<int64_t>(pieces.size());
   std::vector<Sums> sums(shape.rows * count), channels(dweight ? shape.rows * shape.k : 0);
   std::vector<Flow> flows(shape.rows);
-  const To to = destination(shape.rows * shape.length() * sizeof(T));
+  const To to = destination(shape.rows * shape.length() * sizeof(T), kAlternating);
   // Calls body(i, count, gradient before the activation) for parts of a piece.
   const auto pulled = [&](int64_t row, int64_t group, const Piece& piece, const auto& body) {
     const int64_t at = row * shape.length() + piece.begin, p = group * shape.k + piece.parameter;
@@ -280,7 +280,7 @@ void backward_columns(const T* dy, const T* x, const double* weight, const doubl
   Buffer<double> sums_weight(parts * parameters), sums_bias(parts * parameters);
   std::vector<Sums> sums(shape.rows * count);
   std::vector<char> narrow(shape.rows * count);
-  const To to = destination(shape.rows * shape.length() * sizeof(T));
+  const To to = destination(shape.rows * shape.length() * sizeof(T), kAlternating);
 
   const auto measure = [&](int64_t row, int64_t group, int64_t i) {
     const int64_t at = row * shape.length() + pieces[i].begin, p = group * shape.k + pieces[i].parameter, slot = row * count + i;
