@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from equinorm.facts import Facts
-from equinorm.kernels.activations import Activation, named
 
 
 def check_eps(module: nn.Module, eps: float, name: str = "eps") -> None:
@@ -95,35 +94,6 @@ def check_batch(module: nn.Module, x: Tensor) -> None:
             f"{type(module).__name__}: training needs more than one value per channel to have a variance, got shape {tuple(x.shape)}; "
             "use a larger batch (drop_last=True drops a last batch of one), eval(), or a norm within the sample such as GroupNorm"
         )
-
-
-def set_activation(module: Any, activation: str | None, parameter: float | None) -> None:
-    """Keep what follows the norm, as two plain attributes.
-
-    Raises:
-        ValueError: unknown activation, or a parameter for one that has none.
-    """
-    if activation is None and parameter is not None:
-        raise ValueError(f"{type(module).__name__}: activation_param={parameter} needs an activation")
-    if activation is not None:
-        try:
-            named(activation, parameter)
-        except ValueError as error:
-            raise ValueError(f"{type(module).__name__}: {error}") from None
-    module.activation, module.activation_param = activation, parameter
-
-
-def following(module: Any) -> Activation | None:
-    """The activation that follows the norm."""
-    return None if module.activation is None else named(module.activation, module.activation_param)
-
-
-def shown_activation(module: Any) -> str:
-    """The activation, for the end of a repr."""
-    if module.activation is None:
-        return ""
-    parameter = "" if module.activation_param is None else f", activation_param={module.activation_param}"
-    return f", activation={module.activation!r}{parameter}"
 
 
 def accept_published_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

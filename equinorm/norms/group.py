@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from equinorm.core.base import check_channels, check_count, check_eps, following, set_activation, shown_activation
+from equinorm.core.base import check_channels, check_count, check_eps
 from equinorm.core.channel import canonical_mask
+from equinorm.core.following import following, set_activation, shown_activation
 from equinorm.core.row import group_norm
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from equinorm.core import Affine, Moments, normalize
-from equinorm.core.base import check_channels, check_count, check_eps, check_momentum, following, set_activation, shown_activation
+from equinorm.core.base import check_channels, check_count, check_eps, check_momentum
 from equinorm.core.channel import canonical_mask, channel_norm
+from equinorm.core.following import following, set_activation, shown_activation
 from equinorm.core.row import group_norm
 from equinorm.core.running import RunningMoments
 from equinorm.facts import Facts, Paper

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from equinorm.core import Affine, Moments, normalize
-from equinorm.core.base import ChannelNorm, check_channels, check_momentum, following, set_activation, shown_activation
+from equinorm.core.base import ChannelNorm, check_channels, check_momentum
 from equinorm.core.channel import canonical_mask, channel_norm
+from equinorm.core.following import following, set_activation, shown_activation
 from equinorm.core.running import RunningMoments
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from equinorm.core.base import (
-    check_count,
-    check_eps,
-    check_momentum,
-    set_activation,
-    shown_activation,
-)
+from equinorm.core.base import check_count, check_eps, check_momentum
+from equinorm.core.following import set_activation, shown_activation
 from equinorm.core.running import RunningMoments
 from equinorm.facts import Facts, Paper
 from equinorm.kernels import Impl
